@@ -1,0 +1,101 @@
+"""peftsurgery: the operating table for models with parameter-efficient adapters.
+
+Everything here is imported when it is first used, so that `import peftsurgery` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "adapter",
+    "Event": "events",
+    "Kind": "site",
+    "Layout": "site",
+    "LoRA": "methods",
+    "METHODS": "methods",
+    "Plan": "plan",
+    "Report": "commands.report",
+    "Site": "site",
+    "Step": "plan",
+    "SurgeryError": "errors",
+    "activate": "live.active",
+    "adapters": "live.active",
+    "export_onnx": "commands.export_onnx",
+    "folded": "fold",
+    "inject": "commands.inject",
+    "inspect": "commands.inspect",
+    "load_adapter": "commands.adapter_files",
+    "merge": "commands.merge",
+    "plan": "commands.inject",
+    "remove": "commands.remove",
+    "rescale": "live.active",
+    "save_adapter": "commands.adapter_files",
+    "scale": "adapter",
+    "sites": "commands.inspect",
+    "trainable_parameters": "live.active",
+    "verify": "commands.verify",
+}
+
+__all__ = [
+    "METHODS",
+    "Adapter",
+    "Event",
+    "Kind",
+    "Layout",
+    "LoRA",
+    "Plan",
+    "Report",
+    "Site",
+    "Step",
+    "SurgeryError",
+    "activate",
+    "adapters",
+    "export_onnx",
+    "folded",
+    "inject",
+    "inspect",
+    "load_adapter",
+    "merge",
+    "plan",
+    "remove",
+    "rescale",
+    "save_adapter",
+    "scale",
+    "sites",
+    "trainable_parameters",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from peftsurgery.adapter import Adapter, scale
+    from peftsurgery.commands.adapter_files import load_adapter, save_adapter
+    from peftsurgery.commands.export_onnx import export_onnx
+    from peftsurgery.commands.inject import inject, plan
+    from peftsurgery.commands.inspect import inspect, sites
+    from peftsurgery.commands.merge import merge
+    from peftsurgery.commands.remove import remove
+    from peftsurgery.commands.report import Report
+    from peftsurgery.commands.verify import verify
+    from peftsurgery.errors import SurgeryError
+    from peftsurgery.events import Event
+    from peftsurgery.fold import folded
+    from peftsurgery.live.active import activate, adapters, rescale, trainable_parameters
+    from peftsurgery.methods import METHODS, LoRA
+    from peftsurgery.plan import Plan, Step
+    from peftsurgery.site import Kind, Layout, Site
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'peftsurgery' has no attribute {name!r}")
+    value = getattr(import_module(f"peftsurgery.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,167 @@
+"""Every error of the project. A message is one sentence of fact and one of remedy.
+
+SurgeryError
+├── PlanError        nothing has been touched
+│   ├── NoSiteMatched      .pattern .nearest
+│   ├── UnsupportedSite    .site
+│   ├── AlreadyGrafted     .name
+│   └── TiedSites          .names
+├── AdapterError     the adapter cannot be understood
+│   ├── UnknownMethod
+│   ├── MismatchedTensors  .missing .unexpected
+│   └── UntrustedPickle
+├── CheckpointError  the files are not what they say
+│   ├── TruncatedShard
+│   ├── MissingShard
+│   └── UnsafePath
+├── FoldError        it cannot be absorbed
+│   ├── NotFoldable
+│   ├── NonFiniteWeight    .tensor
+│   └── UnclaimedSites     .sites .nearest
+└── ExportError      it cannot be exported, or the export is not the model
+    ├── UnsupportedModel
+    └── ParityError        .max_abs_diff .tolerance .output
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class SurgeryError(Exception):
+    """Root of every error that peftsurgery raises on purpose."""
+
+
+class PlanError(SurgeryError):
+    """The plan does not fit the model; nothing has been touched."""
+
+
+class NoSiteMatched(PlanError):
+    """A pattern, an exclusion or a layer index that selects nothing."""
+
+    def __init__(self, message: str, *, pattern: str, nearest: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.pattern = pattern
+        self.nearest = tuple(nearest)
+
+
+class UnsupportedSite(PlanError):
+    """A named place that cannot carry the method."""
+
+    def __init__(self, message: str, *, site: str) -> None:
+        super().__init__(message)
+        self.site = site
+
+
+class AlreadyGrafted(PlanError):
+    """An adapter of that name is already on the model."""
+
+    def __init__(self, message: str, *, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
+class TiedSites(PlanError):
+    """A weight that several names share would be folded behind its twin's back."""
+
+    def __init__(self, message: str, *, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
+
+class AdapterError(SurgeryError):
+    """The adapter cannot be understood."""
+
+
+class UnknownMethod(AdapterError):
+    """A method, or an option of one, that peftsurgery does not implement."""
+
+
+class MismatchedTensors(AdapterError):
+    """The adapter's tensors are not the ones its configuration announces."""
+
+    def __init__(self, message: str, *, missing: Sequence[str] = (), unexpected: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+        self.unexpected = tuple(unexpected)
+
+
+class UntrustedPickle(AdapterError):
+    """A pickle that the caller did not ask to trust."""
+
+
+class CheckpointError(SurgeryError):
+    """The files are not what they say."""
+
+
+class TruncatedShard(CheckpointError):
+    """A safetensors file that is shorter, or stranger, than its header says."""
+
+
+class MissingShard(CheckpointError):
+    """A file that the index names and the directory lacks."""
+
+
+class UnsafePath(CheckpointError):
+    """A path inside a checkpoint that leaves its directory."""
+
+
+class FoldError(SurgeryError):
+    """The adapter cannot be absorbed into the base."""
+
+
+class NotFoldable(FoldError):
+    """The method has no fold: it is exported as it is."""
+
+
+class NonFiniteWeight(FoldError):
+    """A NaN or an infinity, in the adapter or in what folding gave."""
+
+    def __init__(self, message: str, *, tensor: str) -> None:
+        super().__init__(message)
+        self.tensor = tensor
+
+
+class UnclaimedSites(FoldError):
+    """Sites of the adapter that no tensor of the base answers to."""
+
+    def __init__(self, message: str, *, sites: Sequence[str], nearest: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.sites = tuple(sites)
+        self.nearest = tuple(nearest)
+
+
+class ExportError(SurgeryError):
+    """The model cannot be exported, or the export is not the model."""
+
+
+class UnsupportedModel(ExportError):
+    """An architecture or task without an export."""
+
+
+class ParityError(ExportError):
+    """What runs is not what was trained."""
+
+    def __init__(self, message: str, *, max_abs_diff: float, tolerance: float, output: str) -> None:
+        super().__init__(message)
+        self.max_abs_diff = max_abs_diff
+        self.tolerance = tolerance
+        self.output = output
+
+
+def nearest(word: str, names: Iterable[str], count: int = 3) -> tuple[str, ...]:
+    """The `count` names most like `word`, best first; last name components are compared too."""
+    whole = list(dict.fromkeys(names))
+    tails: dict[str, str] = {}
+    for name in whole:
+        tails.setdefault(name.rsplit(".", 1)[-1], name)
+    close = difflib.get_close_matches(word, tails, n=count, cutoff=0.5)
+    return tuple(close or difflib.get_close_matches(word, whole[:2000], n=count, cutoff=0.3))
+
+
+def listing(names: Sequence[str], limit: int = 4) -> str:
+    """`'a', 'b', 'c' and 9 more`: names for a message, never thousands of them."""
+    shown = ", ".join(repr(name) for name in names[:limit])
+    rest = len(names) - limit
+    return f"{shown} and {rest} more" if rest > 0 else shown

@@ -1,0 +1,43 @@
+"""Where the parts of an architecture are: the only file that knows such names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from peftsurgery.errors import NoSiteMatched, listing, nearest
+from peftsurgery.live.sites import walk
+from peftsurgery.tasks import Task
+
+
+def output_embeddings(model: nn.Module) -> tuple[str, ...]:
+    """The names of the module that turns hidden states into logits; `all-linear` passes over it."""
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    return tuple(name for name, module in walk(model) if head is not None and module is head)
+
+
+def heads(model: nn.Module, wanted: Iterable[str] | None, task: Task | None) -> tuple[str, ...]:
+    """The full names of the modules that get a trainable copy: the wanted ones and the task's own.
+
+    Raises:
+        NoSiteMatched: a wanted one that the model has not got.
+    """
+    names = [name for name, _ in walk(model)]
+    implied = [name for name in names if task is not None and name in task.heads]
+    explicit = [name for word in wanted or () for name in _head(word, names, model)]
+    return tuple(dict.fromkeys([*implied, *explicit]))
+
+
+def _head(word: str, names: list[str], model: nn.Module) -> list[str]:
+    found = [name for name in names if name == word or name.endswith(f".{word}")]
+    if not found:
+        near = nearest(word, names)
+        raise NoSiteMatched(
+            f"modules_to_save: {word!r} is no module of {type(model).__name__}. Nearest: {listing(near)}. "
+            "Nothing was changed.",
+            pattern=word,
+            nearest=near,
+        )
+    return found

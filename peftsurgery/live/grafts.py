@@ -1,0 +1,175 @@
+"""Grafts: modules that wear an untouched base, the parameters of one adapter, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftsurgery.live.ops import operation
+from peftsurgery.method import Method, WeightMethod
+from peftsurgery.site import Site
+
+
+class Factor(nn.Module):
+    """One named factor of a method, e.g. `lora_A`; it prints as the map that it is."""
+
+    def extra_repr(self) -> str:
+        weight = self._parameters.get("weight")
+        return "" if weight is None else f"{weight.shape[1:].numel()} → {weight.shape[0]}"
+
+
+class Theta(nn.Module):
+    """The parameters of one method at one site, under the names that the PEFT file format gives them."""
+
+    def __init__(self, method: Method, params: Mapping[str, Tensor], dropout: float, trainable: bool) -> None:
+        super().__init__()
+        self.method = method
+        self.names = tuple((name, *_split(name)) for name in params)
+        if dropout:
+            self.add_module(f"{method.name}_dropout", nn.Dropout(dropout))
+        for name, head, leaf in self.names:
+            owner = self if not head else self._modules.get(head) or Factor()
+            owner.register_parameter(leaf, nn.Parameter(params[name], requires_grad=trainable))
+            if head:
+                self._modules[head] = owner
+
+    @property
+    def dropout(self) -> nn.Module | None:
+        return self._modules.get(f"{self.method.name}_dropout")
+
+    def params(self) -> dict[str, Tensor]:
+        """Parameter name → parameter."""
+        return {name: getattr(getattr(self, head) if head else self, leaf) for name, head, leaf in self.names}
+
+    def _get_name(self) -> str:
+        return type(self.method).__name__
+
+    def extra_repr(self) -> str:
+        shown = (f for f in fields(self.method) if getattr(self.method, f.name) != f.default or f.name == "r")
+        return ", ".join(f"{f.name}={getattr(self.method, f.name)!r}" for f in shown)
+
+
+class Graft(nn.Module):
+    """What stands in the place of `base` while an adapter is on the model."""
+
+    base: nn.Module
+
+    def __init__(self, base: nn.Module, label: str, own: nn.Module) -> None:
+        super().__init__()
+        self.label = label
+        self.active = True
+        self.base = base
+        self._modules[label] = own
+        self.train(base.training)
+
+    @property
+    def own(self) -> nn.Module:
+        """What the adapter brought."""
+        return self.get_submodule(self.label)
+
+    @property
+    def root(self) -> nn.Module:
+        """The module under all grafts."""
+        return self.base.root if isinstance(self.base, Graft) else self.base
+
+    def __getattr__(self, name: str) -> Any:
+        # Parents read attributes of the module they built (`weight.dtype`, `embedding_dim`).
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("_modules", {}).get("base")
+            if base is None or name.startswith("__"):
+                raise
+            return getattr(base, name)
+
+
+class WeightGraft(Graft):
+    """A linear operation with a weight method at it."""
+
+    def __init__(self, base: nn.Module, site: Site, label: str, theta: Theta) -> None:
+        super().__init__(base, label, theta)
+        self.site = site
+
+    @property
+    def method(self) -> WeightMethod:
+        method = self.own.method
+        assert isinstance(method, WeightMethod)
+        return method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.active:
+            return self.base(*args, **kwargs)  # type: ignore[no-any-return]
+        theta = self.own
+        op = operation(
+            self.base, leaf(self.base), self.site, theta.dropout, args, kwargs, self.effective_base
+        )
+        formula = theta.method.forward if op.plain else _by_definition(theta.method)
+        return op.like_base(formula(op, op.x, theta.params()))  # type: ignore[no-any-return]
+
+    def effective_base(self) -> Tensor:
+        """The (out, in) matrix of the base, with the grafts under this one folded in; float32 or wider."""
+        return effective(self.base, self.site)
+
+
+class StandIn(Graft):
+    """A module of the base played by a copy with parameters of its own: heads and trained biases.
+
+    `own` shares every parameter with the base but those that the adapter replaces (`replaces`).
+    """
+
+    def __init__(self, base: nn.Module, label: str, values: Mapping[str, Tensor], trainable: bool) -> None:
+        super().__init__(
+            base, label, clone(base.root if isinstance(base, Graft) else base, values, trainable)
+        )
+        self.replaces = tuple(values)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.own if self.active else self.base)(*args, **kwargs)
+
+
+def clone(module: nn.Module, values: Mapping[str, Tensor], trainable: bool = False) -> nn.Module:
+    """A shallow copy of `module` with parameters of its own for `values` (a Parameter is taken as it is)."""
+    twin = copy.copy(module)
+    twin.__dict__["_parameters"] = dict(module._parameters)
+    twin.__dict__["_modules"] = dict(module._modules)
+    for name, value in values.items():
+        own = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=trainable)
+        twin._parameters[name] = own
+    return twin
+
+
+def leaf(module: nn.Module) -> nn.Module:
+    """The module whose parameters are in force under the grafts."""
+    if isinstance(module, StandIn) and module.active:
+        return leaf(module.own)
+    return leaf(module.base) if isinstance(module, Graft) else module
+
+
+def effective(module: nn.Module, site: Site) -> Tensor:
+    """The (out, in) matrix that the module, grafts and all, multiplies with; float32 or wider."""
+    if isinstance(module, WeightGraft):
+        below = module.effective_base()
+        wide = {name: p.to(below.dtype) for name, p in module.own.params().items()}
+        return module.method.fold(below, wide) if module.active else below
+    if isinstance(module, StandIn):
+        return effective(module.own if module.active else module.base, site)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return site.layout.matrix(weight).to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _by_definition(method: WeightMethod) -> Any:
+    return lambda op, x, p: WeightMethod.forward(method, op, x, p)
+
+
+def _split(name: str) -> tuple[str, str]:
+    head, _, leaf = name.rpartition(".")
+    return head, leaf
+
+
+__all__ = ["Factor", "Graft", "StandIn", "Theta", "WeightGraft", "clone", "effective", "leaf"]

@@ -1,0 +1,141 @@
+"""Transformers models from a directory: with their weights, or as a skeleton on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftsurgery.errors import CheckpointError, listing
+from peftsurgery.tasks import Task
+
+
+def config(path: Path, labels: int | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration, for `labels` classes where that is given.
+
+    Raises:
+        CheckpointError: there is none, it is not understood, or it asks to run code of its own.
+    """
+    import transformers
+
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} has no config.json, so its architecture is unknown. Name a model directory."
+        )
+    extra = {} if labels is None else {"num_labels": labels}
+    try:
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **extra)
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(_why(path, error)) from error
+
+
+def model_class(config: Any, task: Task | None, *, trust_remote_code: bool = False) -> Any:
+    """The class that plays `task` with this configuration; without a task, the one the checkpoint was saved from.
+
+    Raises:
+        CheckpointError: the architecture has no such class.
+    """
+    import transformers
+
+    if task is None:
+        names = [name for name in config.architectures or () if hasattr(transformers, name)]
+        return (
+            getattr(transformers, names[0])
+            if names
+            else _mapped(transformers.AutoModel, config, trust_remote_code)
+        )
+    return _mapped(getattr(transformers, task.auto), config, trust_remote_code)
+
+
+def load(
+    path: Path,
+    *,
+    task: Task | None = None,
+    labels: int | None = None,
+    fresh: Collection[str] = (),
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model in `path`, on the CPU in eval mode.
+
+    Args:
+        fresh: modules that need no weights in the checkpoint, because an adapter brings or trains them.
+        dtype: that of the weights; the checkpoint's own by default.
+
+    Raises:
+        CheckpointError: the checkpoint lacks weights that the model needs.
+    """
+    found = config(path, labels, trust_remote_code=trust_remote_code)
+    cls = model_class(found, task, trust_remote_code=trust_remote_code)
+    with _quiet():
+        model, info = cls.from_pretrained(
+            path,
+            config=found,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+        )
+    lost = sorted(name for name in info["missing_keys"] if not _inside(name, fresh))
+    if lost:
+        raise CheckpointError(
+            f"{path} lacks {listing(lost)}, which {cls.__name__} needs, and random weights are no answer. "
+            "Take the checkpoint or the adapter that holds them, or another `--task`."
+        )
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def skeleton(
+    path: Path, *, task: Task | None = None, labels: int | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model's tree on the meta device: names, shapes and ties, no weight read."""
+    found = config(path, labels, trust_remote_code=trust_remote_code)
+    cls = model_class(found, task, trust_remote_code=trust_remote_code)
+    with _quiet(), torch.device("meta"):
+        model = cls(found) if not hasattr(cls, "_model_mapping") else cls.from_config(found)
+    model.tie_weights()
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _mapped(auto: Any, config: Any, trust_remote_code: bool) -> Any:
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return auto
+    cls = auto._model_mapping.get(type(config), None)
+    if cls is None:
+        raise CheckpointError(
+            f"{config.model_type!r} has no {auto.__name__}. Give a `--task` that this model plays."
+        )
+    return cls[0] if isinstance(cls, tuple | list) else cls
+
+
+def _inside(name: str, modules: Collection[str]) -> bool:
+    return any(f".{module}." in f".{name}." for module in modules)
+
+
+def _why(path: Path, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"{path} brings Python code of its own, which peftsurgery does not run unasked. Read it, "
+            "then repeat with `--trust-remote-code`."
+        )
+    return f"{path}/config.json is not understood: {str(error).splitlines()[0]}. Check `model_type`."
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers prints bars and load reports of its own; ours says what matters."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

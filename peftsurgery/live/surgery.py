@@ -1,0 +1,222 @@
+"""Inject and remove: both are one `swap`, and everything that can fail is done before it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from peftsurgery.adapter import Adapter, check, rebased
+from peftsurgery.errors import AlreadyGrafted, MismatchedTensors, PlanError, UnclaimedSites, listing, nearest
+from peftsurgery.live.chart import Record, chart, enter, leave, record
+from peftsurgery.live.grafts import Graft, StandIn, Theta, WeightGraft
+from peftsurgery.live.sites import aliases, sites, walk
+from peftsurgery.live.swap import require_grad, swap
+from peftsurgery.method import WeightMethod
+from peftsurgery.plan import Plan, Step
+
+Replaced = Mapping[str, Mapping[str, Tensor]]
+"""Module name → parameter name → the value that the adapter brings for it."""
+
+
+def fresh(model: nn.Module, plan: Plan, name: str, seed: int | None, task_type: str | None) -> Adapter:
+    """A new adapter for `plan`: initialised parameters, and copies of the heads and biases that will train.
+
+    Raises:
+        NoSiteMatched: a head of `plan.modules_to_save` that the model lacks.
+    """
+    modules = dict(walk(model))
+    meta = any(modules[site.name].weight.is_meta for site in plan.sites[:1])
+    generator = None if seed is None or meta else torch.Generator().manual_seed(seed)
+    with torch.device("meta" if meta else "cpu"):
+        params = {step.site.name: step.method.init(step.site, None, generator) for step in plan.steps}
+    base = getattr(getattr(model, "config", None), "name_or_path", None) or None
+    return Adapter(plan, params, name, replaced=_copies(modules, plan), task_type=task_type, base=base)
+
+
+def inject(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.Module:
+    """Put `adapter` on the model: its sites grafted, its heads and biases in force, the base frozen.
+
+    Args:
+        trainable: whether the adapter's own parameters require gradients.
+
+    Raises:
+        AlreadyGrafted: an adapter of that name is on the model.
+        UnclaimedSites, MismatchedTensors, NonFiniteWeight: the adapter does not fit; nothing was changed.
+    """
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)} if adapter.replaced else ()
+    adapter, _ = rebased(check(adapter), sites(model), names)
+    modules = dict(walk(model))
+    _check_name(model, adapter, modules)
+    replaced = _by_module(adapter, modules)
+    grafts = _grafts(adapter, replaced, modules, trainable)
+    base = {} if _worn(model) else {name: p for name, p in model.named_parameters() if p.requires_grad}
+    others = aliases(model)
+    swap(model, {other: graft for place, graft in grafts.items() for other in others.get(place, (place,))})
+    require_grad(base.values(), False)
+    for graft in grafts.values():
+        require_grad(_own(graft, adapter.name), trainable)
+    new = Record(
+        adapter.name,
+        adapter.plan,
+        tuple((module, tuple(values)) for module, values in replaced.items()),
+        adapter.task_type,
+        adapter.base,
+    )
+    enter(model, new, tuple(base))
+    return model
+
+
+def remove(model: nn.Module, name: str) -> Adapter:
+    """Take an adapter off the model, which is then what it was, bit for bit; returns what was taken out.
+
+    Raises:
+        PlanError: the model has no adapter of that name.
+    """
+    adapter, modules, others = taken(model, name), dict(walk(model)), aliases(model)
+    bare, inner = {}, []
+    for place in record(model, name).places:
+        bare[place], cuts = _without(modules[place], name)
+        inner += cuts
+    swap(model, {other: module for place, module in bare.items() for other in others.get(place, (place,))})
+    for graft, below in inner:
+        swap(graft, {"base": below})
+    thaw = set(leave(model, name))
+    require_grad((p for full, p in model.named_parameters() if full in thaw), True)
+    return adapter
+
+
+def taken(model: nn.Module, name: str) -> Adapter:
+    """The adapter of that name as a value, the model untouched; its tensors are the model's own.
+
+    Raises:
+        PlanError: the model has no adapter of that name.
+    """
+    entry, modules = record(model, name), dict(walk(model))
+    layers = {place: list(_layers(modules[place], name)) for place in entry.places}
+    steps, params = [], {}
+    for step in entry.plan.steps:
+        graft = next(g for g in layers[step.site.name] if isinstance(g, WeightGraft))
+        steps.append(Step(step.site, graft.method))
+        params[step.site.name] = {key: p.detach() for key, p in graft.own.params().items()}
+    replaced = {}
+    for place, leaves in entry.replaces:
+        own = next(g for g in layers[place] if isinstance(g, StandIn)).own
+        replaced.update({f"{place}.{leaf}": own.get_parameter(leaf).detach() for leaf in leaves})
+    plan = replace(entry.plan, steps=tuple(steps))
+    return Adapter(plan, params, name, replaced=replaced, task_type=entry.task_type, base=entry.base)
+
+
+def _worn(model: nn.Module) -> bool:
+    return bool(chart(model).records)
+
+
+def _own(graft: Graft, name: str) -> Iterable[nn.Parameter]:
+    for layer in _layers(graft, name):
+        if isinstance(layer, StandIn):
+            yield from (layer.own.get_parameter(leaf) for leaf in layer.replaces)
+        else:
+            yield from layer.own.parameters()
+
+
+def _layers(module: nn.Module, name: str) -> Iterable[Graft]:
+    """The grafts of one adapter on one module, the outermost first."""
+    while isinstance(module, Graft):
+        if module.label == name:
+            yield module
+        module = module.base
+
+
+def _without(module: nn.Module, name: str) -> tuple[nn.Module, list[tuple[Graft, nn.Module]]]:
+    """The module without the grafts of one adapter, and what the grafts of others must then stand on."""
+    if not isinstance(module, Graft):
+        return module, []
+    below, cuts = _without(module.base, name)
+    if module.label == name:
+        return below, cuts
+    return module, cuts if below is module.base else [*cuts, (module, below)]
+
+
+def _check_name(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Module]) -> None:
+    name = adapter.name
+    if any(record.name == name for record in chart(model).records):
+        raise AlreadyGrafted(
+            f"{type(model).__name__} already has an adapter {name!r}. Give this one another name "
+            f"(`name={name + '_2'!r}`) or remove the other first; nothing was changed.",
+            name=name,
+        )
+    taken = any(hasattr(modules[site.name], name) for site in adapter.plan.sites)
+    if taken or name == "base" or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise PlanError(
+            f"{name!r} cannot name an adapter: letters, digits, `_` and `-` can, except the names that a module has "
+            "already. Try `name='adapter'`; nothing was changed."
+        )
+
+
+def _copies(modules: Mapping[str, nn.Module], plan: Plan) -> dict[str, Tensor]:
+    """Copies of what will train beside the method: whole heads, and biases by the plan's bias mode."""
+    heads = {name: leaf for name, leaf in _parameters(modules) if _in_head(name, plan.modules_to_save)}
+    wanted = {"none": set[str](), "lora_only": {site.bias for site in plan.sites}}.get(plan.bias)
+    biases = {
+        n: p for n, p in _parameters(modules) if n.endswith(".bias") and (wanted is None or n in wanted)
+    }
+    return {name: p.detach().clone() for name, p in {**heads, **biases}.items()}
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> Iterable[tuple[str, nn.Parameter]]:
+    for name, module in modules.items():
+        root = module.root if isinstance(module, Graft) else module
+        yield from ((f"{name}.{leaf}", p) for leaf, p in root._parameters.items() if p is not None)
+
+
+def _in_head(name: str, heads: Iterable[str]) -> bool:
+    return any(f".{head}." in f".{name}" for head in heads)
+
+
+def _by_module(adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    values: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    known = dict(_parameters(modules))
+    for name, value in adapter.replaced.items():
+        if name not in known:
+            raise UnclaimedSites(
+                f"The adapter replaces {name!r}, which the model has not got. Nearest: "
+                f"{listing(nearest(name, known)) or 'nothing'}. Load the model with the adapter's task"
+                f"{f' ({adapter.task_type})' if adapter.task_type else ''}; nothing was changed.",
+                sites=[name],
+                nearest=nearest(name, known),
+            )
+        if known[name].shape != value.shape:
+            raise MismatchedTensors(
+                f"The adapter's {name!r} has shape {tuple(value.shape)} and the model's {tuple(known[name].shape)}. "
+                f"Load the model with as many labels (`num_labels={value.shape[0]}`); nothing was changed.",
+                unexpected=[name],
+            )
+        place, _, leaf = name.rpartition(".")
+        values[place][leaf] = value.to(known[name], copy=True)
+    return dict(values)
+
+
+def _grafts(
+    adapter: Adapter, replaced: Replaced, modules: Mapping[str, nn.Module], trainable: bool
+) -> dict[str, Graft]:
+    grafts: dict[str, Graft] = {}
+    for place, values in replaced.items():
+        grafts[place] = StandIn(modules[place], adapter.name, values, trainable)
+    for step in adapter.plan.steps:
+        place = step.site.name
+        grafts[place] = _weight_graft(grafts.get(place, modules[place]), step, adapter, trainable)
+    return grafts
+
+
+def _weight_graft(base: nn.Module, step: Step, adapter: Adapter, trainable: bool) -> WeightGraft:
+    method = step.method
+    assert isinstance(method, WeightMethod)
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    params = {k: p.to(weight.device, dtype, copy=True) for k, p in adapter.params[step.site.name].items()}
+    return WeightGraft(base, step.site, adapter.name, Theta(method, params, method.dropout, trainable))

@@ -1,0 +1,74 @@
+"""A site is a name: one place that a module tree, a safetensors header and an ONNX graph can all say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from math import prod
+
+from torch import Tensor
+
+
+class Layout(Enum):
+    """How a stored weight becomes the (out, in) matrix that every formula is written for."""
+
+    OUT_IN = "out_in"
+    """nn.Linear, and convolutions with everything but the first axis flattened."""
+    IN_OUT = "in_out"
+    """transformers' Conv1D, embeddings, and most constants of an ONNX MatMul."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The stored weight seen as (out, in); a view."""
+        flat = weight.reshape(weight.shape[0], -1)
+        return flat if self is Layout.OUT_IN else flat.t()
+
+    def stored(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The inverse of `matrix`, for a weight stored with `shape`; a view."""
+        return (matrix if self is Layout.OUT_IN else matrix.t()).reshape(shape)
+
+
+class Kind(Enum):
+    """What the weight at a site does."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    CONV = "conv"
+    OTHER = "other"
+    """A weight that no formula reaches: normalisations, grouped convolutions, quantised or hidden weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One named place.
+
+    Args:
+        name: the module's dotted name, as `named_modules()` says it.
+        kind: what its weight does.
+        shape: the stored shape of its weight.
+        layout: how that weight becomes the (out, in) matrix.
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    layout: Layout = Layout.OUT_IN
+
+    @property
+    def weight(self) -> str:
+        """The name of the site's weight tensor."""
+        return f"{self.name}.weight"
+
+    @property
+    def bias(self) -> str:
+        """The name that the site's bias tensor has, where there is one."""
+        return f"{self.name}.bias"
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(out, in), the shape of the matrix that formulas see."""
+        rows, columns = self.shape[0], prod(self.shape[1:])
+        return (rows, columns) if self.layout is Layout.OUT_IN else (columns, rows)
+
+    def __str__(self) -> str:
+        out, inner = self.matrix_shape
+        return f"{self.name} ({self.kind.value} {inner} → {out})"
