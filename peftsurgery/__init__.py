@@ -17,10 +17,10 @@ _HOMES = {
     "Layout": "site",
     "LoRA": "methods",
     "METHODS": "methods",
-    "Plan": "plan",
+    "Plan": "planning",
     "Report": "commands.report",
     "Site": "site",
-    "Step": "plan",
+    "Step": "planning",
     "SurgeryError": "errors",
     "activate": "live.active",
     "adapters": "live.active",
@@ -85,7 +85,7 @@ if TYPE_CHECKING:
     from peftsurgery.fold import folded
     from peftsurgery.live.active import activate, adapters, rescale, trainable_parameters
     from peftsurgery.methods import METHODS, LoRA
-    from peftsurgery.plan import Plan, Step
+    from peftsurgery.planning import Plan, Step
     from peftsurgery.site import Kind, Layout, Site
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftsurgery.errors import MismatchedTensors, NonFiniteWeight, UnclaimedSites, listing, nearest
 from peftsurgery.method import Params
-from peftsurgery.plan import Plan, Step
+from peftsurgery.planning import Plan, Step
 from peftsurgery.rename import Rename, renames
 from peftsurgery.site import Site
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftsurgery.errors import NoSiteMatched, listing, nearest
 from peftsurgery.live.sites import walk
@@ -41,3 +41,9 @@ def _head(word: str, names: list[str], model: nn.Module) -> list[str]:
             nearest=near,
         )
     return found
+
+
+def label_weights(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """The (labels, hidden) weights among an adapter's heads: the last map of a classifier."""
+    ends = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "qa_outputs.weight")
+    return [tensor for name, tensor in tensors.items() if name.endswith(ends)]

@@ -8,7 +8,7 @@ from torch import nn
 
 from peftsurgery.errors import PlanError, listing, nearest
 from peftsurgery.live.swap import CHART, annotate
-from peftsurgery.plan import Plan
+from peftsurgery.planning import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,20 +17,32 @@ from peftsurgery.live.grafts import Graft, StandIn, Theta, WeightGraft
 from peftsurgery.live.sites import aliases, sites, walk
 from peftsurgery.live.swap import require_grad, swap
 from peftsurgery.method import WeightMethod
-from peftsurgery.plan import Plan, Step
+from peftsurgery.planning import Plan, Step
 
 Replaced = Mapping[str, Mapping[str, Tensor]]
 """Module name → parameter name → the value that the adapter brings for it."""
 
 
-def fresh(model: nn.Module, plan: Plan, name: str, seed: int | None, task_type: str | None) -> Adapter:
+def fresh(
+    model: nn.Module,
+    plan: Plan,
+    name: str = "default",
+    seed: int | None = None,
+    task_type: str | None = None,
+    *,
+    real: bool = False,
+) -> Adapter:
     """A new adapter for `plan`: initialised parameters, and copies of the heads and biases that will train.
+
+    Args:
+        seed: makes the parameters reproducible.
+        real: give parameters memory and values even where the model is on the meta device.
 
     Raises:
         NoSiteMatched: a head of `plan.modules_to_save` that the model lacks.
     """
     modules = dict(walk(model))
-    meta = any(modules[site.name].weight.is_meta for site in plan.sites[:1])
+    meta = not real and any(modules[site.name].weight.is_meta for site in plan.sites[:1])
     generator = None if seed is None or meta else torch.Generator().manual_seed(seed)
     with torch.device("meta" if meta else "cpu"):
         params = {step.site.name: step.method.init(step.site, None, generator) for step in plan.steps}

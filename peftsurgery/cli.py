@@ -1,0 +1,208 @@
+"""The command line: parse, call the command of the same name, show its report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from peftsurgery import __version__
+from peftsurgery.errors import PlanError, SurgeryError
+
+EXIT_FAILED = 1
+
+
+class Group(click.Group):
+    """Commands in the order of a life: look, cut, fold, export, prove."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="peftsurgery")
+def main() -> None:
+    """The operating table for models with parameter-efficient adapters."""
+
+
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command has; they say how to show, never what to do."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error."),
+        click.option("-q", "--quiet", is_flag=True, help="Show errors only."),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout; progress goes to stderr."),
+    ):
+        command = option(command)
+    return command
+
+
+def trust_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model directory brings."),
+        click.option("--allow-pickle", is_flag=True, help="Read a .bin adapter (weights only)."),
+    ):
+        command = option(command)
+    return command
+
+
+def word_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--layers-pattern", help="The name of the list of layers, where it is not evident."),
+        click.option("--layers-to-transform", help="Layer numbers, e.g. 0-3,7."),
+        click.option("--exclude-modules", help="What stays out, in the words of --targets."),
+        click.option("--targets", help="Sites: suffixes (query,value), globs, re:<regex>, or all-linear."),
+    ):
+        command = option(command)
+    return command
+
+
+def run(shown: Mapping[str, Any], call: Callable[..., Any]) -> None:
+    """Call a command with a progress bar, show its report, and turn its errors into exit codes."""
+    from peftsurgery.progress import bars
+
+    try:
+        with bars(quiet=shown["quiet"]) as listen:
+            report = call(listen)
+    except SurgeryError as error:
+        if shown["verbose"]:
+            raise
+        click.echo(f"Error: {error}", err=True)
+        sys.exit(EXIT_FAILED)
+    except KeyboardInterrupt:
+        click.echo("Interrupted; inputs are untouched and nothing was left behind.", err=True)
+        sys.exit(130)
+    if shown["as_json"]:
+        click.echo(report.to_json())
+    elif not shown["quiet"]:
+        click.echo(str(report))
+
+
+def shown(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of `report_options` out of the command's own."""
+    return {name: options.pop(name) for name in ("verbose", "quiet", "as_json")}
+
+
+@main.command("inspect")
+@click.argument("model")
+@word_options
+@click.option("--tree", is_flag=True, help="Show every site.")
+@click.option("--task", help="Look at the model as this task has it, e.g. seq-cls.")
+@trust_options
+@report_options
+def inspect_command(**options: Any) -> None:
+    """What a model directory, an adapter or an .onnx file is made of."""
+    from peftsurgery.commands.inspect import inspect
+
+    flags = shown(options)
+    run(flags, lambda listen: inspect(**options))
+
+
+@main.command("inject")
+@click.argument("model")
+@click.option("--method", default="lora", show_default=True, help="The method, e.g. lora.")
+@word_options
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter, e.g. r=16. Repeatable.")
+@click.option("--r", "--rank", type=int, help="Rank (r).")
+@click.option("--alpha", "lora_alpha", type=float, help="lora_alpha.")
+@click.option("--dropout", "lora_dropout", type=float, help="lora_dropout.")
+@click.option("--rank-pattern", multiple=True, metavar="KEY=R", help="Another r for names that match KEY. Repeatable.")
+@click.option("--alpha-pattern", multiple=True, metavar="KEY=A", help="Another lora_alpha for names that match KEY.")
+@click.option("--modules-to-save", multiple=True, help="A head that trains and travels with the adapter. Repeatable.")
+@click.option("--bias", type=click.Choice(["none", "lora_only", "all"]), default="none", show_default=True)
+@click.option("--task", help="The task, e.g. seq-cls: its heads train and travel with the adapter.")
+@click.option("--name", help="What the adapter is called.")
+@click.option("--seed", type=int, help="Makes the fresh parameters reproducible.")
+@click.option("-o", "--out", type=click.Path(), help="The directory to write the fresh adapter to.")
+@click.option("--dry-run", is_flag=True, help="Show what would be hit, per pattern and per layer; write nothing.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model directory brings.")
+@report_options
+def inject_command(**options: Any) -> None:
+    """Write a fresh adapter for MODEL, which PEFT and peftsurgery load and train."""
+    from peftsurgery.commands.inject import inject
+    from peftsurgery.commands.words import method_named, numbers
+
+    flags = shown(options)
+    common = {name: options.pop(name) for name in ("r", "lora_alpha", "lora_dropout")}
+    settings, word = options.pop("settings"), options.pop("method")
+    modules = options.pop("modules_to_save") or None
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        options[pattern] = numbers(options[pattern])
+
+    def call(listen: object) -> object:
+        return inject(method=method_named(word, settings, common), modules_to_save=modules, **options)
+
+    run(flags, call)
+
+
+@main.command("remove")
+@click.argument("model")
+@click.option("-o", "--out", type=click.Path(), help="The directory for the clean base.")
+@click.option("--adapter-out", type=click.Path(), help="The directory for the adapter.")
+@click.option("--name", help="Which adapter, where there are several.")
+@report_options
+def remove_command(**options: Any) -> None:
+    """Take the tuner modules out of a checkpoint that was saved with them inside."""
+    from peftsurgery.commands.remove import remove
+
+    flags = shown(options)
+    run(flags, lambda listen: remove(listen=listen, **options))
+
+
+@main.command("merge")
+@click.argument("model")
+@click.argument("adapters", nargs=-1, required=True)
+@click.option("-o", "--out", type=click.Path(), help="The directory to write.")
+@click.option("--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order.")
+@click.option("--untie", is_flag=True, help="Give a tied weight that the adapter changes a copy of its own.")
+@click.option("--task", help="The task of the merged model, where the adapter does not say it.")
+@click.option("--dtype", help="float32, float16 or bfloat16; each tensor's own by default.")
+@click.option("--device", default="cpu", show_default=True, help="Where folding is computed, e.g. cuda.")
+@trust_options
+@report_options
+def merge_command(**options: Any) -> None:
+    """Fold ADAPTERS into MODEL (a directory or an .onnx file) and write the result."""
+    from peftsurgery.commands.merge import merge
+
+    flags = shown(options)
+    run(flags, lambda listen: merge(listen=listen, **options))
+
+
+@main.command("export-onnx")
+@click.argument("model")
+@click.option("--adapter", "adapters", multiple=True, help="An adapter to export with it. Repeatable.")
+@click.option("-o", "--out", type=click.Path(), required=True, help="The directory to write.")
+@click.option("--factored", is_flag=True, help="Keep the adapter's factors in the graph instead of merging them.")
+@click.option("--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order.")
+@click.option("--task", help="The task, e.g. seq-cls, where the checkpoint does not say it.")
+@click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset.")
+@click.option("--no-verify", "verify", is_flag=True, default=True, flag_value=False, help="Do not compare with torch.")
+@click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32.")
+@trust_options
+@report_options
+def export_onnx_command(**options: Any) -> None:
+    """Export MODEL to ONNX, with adapters merged or factored, and verify it in ONNX Runtime."""
+    from peftsurgery.commands.export_onnx import export_onnx
+
+    flags = shown(options)
+    run(flags, lambda listen: export_onnx(listen=listen, **options))
+
+
+@main.command("verify")
+@click.argument("model")
+@click.option("--against", required=True, help="What it should equal: a model directory or another ONNX export.")
+@click.option("--adapter", "adapters", multiple=True, help="An adapter on the model of --against. Repeatable.")
+@click.option("--task", help="The task, where the checkpoint does not say it.")
+@click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32.")
+@trust_options
+@report_options
+def verify_command(**options: Any) -> None:
+    """Run two models on the same inputs and compare; exit code 1 when they differ."""
+    from peftsurgery.commands.verify import verify
+
+    flags = shown(options)
+    run(flags, lambda listen: verify(listen=listen, **options))
+
+
+__all__ = ["PlanError", "main"]

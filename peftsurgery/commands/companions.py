@@ -1,0 +1,59 @@
+"""The files that travel with a model's weights: configuration, labels, tokenizer, licence."""
+
+from __future__ import annotations
+
+import json
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftsurgery.disk.writer import copy_file
+
+PATTERNS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.spm",
+    "spiece.model",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "LICENSE*",
+)
+
+
+def carry(source: Path, directory: Path) -> None:
+    """Copy what a model needs beside its weights, and nothing that goes stale (indexes, other formats)."""
+    wanted = [file for file in sorted(source.iterdir()) if any(fnmatch(file.name, p) for p in PATTERNS)]
+    code = sorted(source.glob("*.py")) if "auto_map" in _config(source) else []
+    for file in [*wanted, *code]:
+        if file.is_file() and not (directory / file.name).exists():
+            copy_file(file, directory / file.name)
+
+
+def merged_config(source: Path, model: nn.Module, *, dtype: str | None, untied: bool) -> dict[str, Any]:
+    """The source's config.json, saying what the merged model is: its class, labels, dtype and ties."""
+    config: Any = model.config
+    said = {**_config(source), "architectures": [type(model).__name__]}
+    if type(model).__name__.endswith("Classification"):
+        said["id2label"] = {str(number): label for number, label in config.id2label.items()}
+        said["label2id"] = dict(config.label2id)
+    if dtype is not None:
+        said.pop("torch_dtype", None)
+        said["dtype"] = dtype
+    if untied:
+        said["tie_word_embeddings"] = False
+    return said
+
+
+def _config(source: Path) -> dict[str, Any]:
+    file = source / "config.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}

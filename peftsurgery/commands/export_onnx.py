@@ -1,0 +1,156 @@
+"""export-onnx: a model, its adapters merged or factored, as a graph that was compared with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftsurgery import __version__
+from peftsurgery.adapter import Adapter, check
+from peftsurgery.commands.adapter_files import Adapters, gather
+from peftsurgery.commands.companions import carry, merged_config
+from peftsurgery.commands.fitting import common_task, labels
+from peftsurgery.commands.report import Report, size
+from peftsurgery.disk.locate import locate
+from peftsurgery.disk.writer import staged, write_json
+from peftsurgery.errors import UnsupportedModel
+from peftsurgery.events import Event, Listener, ignore
+from peftsurgery.live import pretrained, surgery
+from peftsurgery.live.active import canonical_name
+from peftsurgery.live.merge import merge as merge_live
+from peftsurgery.tasks import task as task_named
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftsurgery.graph.parity import Parity
+
+
+def export_onnx(
+    model: nn.Module | str | Path,
+    *,
+    out: str | Path,
+    adapters: Adapters = (),
+    factored: bool = False,
+    weight: Sequence[float] = (),
+    task: str | None = None,
+    opset: int = 20,
+    verify: bool = True,
+    tolerance: float | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    listen: Listener = ignore,
+) -> Report:
+    """Export an encoder to ONNX, dynamic in batch and length, and verify it in ONNX Runtime.
+
+    `out` receives `model.onnx` (and `model.onnx_data` past 2 GB), `config.json`, the tokenizer and
+    `peftsurgery.json`, the certificate of the comparison. Every initializer keeps its parameter's name.
+
+    Args:
+        model: a live module (with or without adapters on it), or a model directory.
+        adapters: merged into the weights first, or, with `factored`, kept as factors in the graph.
+        weight: a factor for each adapter's effect.
+        task: the task; by default the adapter's, or what the checkpoint was saved for.
+        verify: compare with torch on several batches and lengths, padded ones too.
+        tolerance: the largest absolute difference allowed; by default the dtype's.
+
+    Raises:
+        UnsupportedModel: no export for this architecture or task.
+        ParityError: ONNX Runtime does not agree with torch; nothing is left at `out`.
+        AdapterError, FoldError, CheckpointError, PlanError.
+    """
+    from peftsurgery.graph import weights
+
+    given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
+    live, undo = _operated(model, given, factored, task, trust_remote_code)
+    try:
+        with staged(Path(out)) as directory:
+            listen(Event("export", "tracing", 0, 3))
+            traced, signature = _traced(live, task, opset)
+            listen(Event("export", "writing", 1, 3))
+            weights.save(traced, directory)
+            _companions(model, live, directory)
+            listen(Event("export", "verifying", 2, 3))
+            parity = _verified(live, signature, directory, tolerance) if verify else None
+            write_json(directory / "peftsurgery.json", _certificate(live, given, factored, opset, parity))
+            nbytes = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
+            listen(Event("export", "done", 3, 3))
+    finally:
+        undo()
+    return _report(live, given, factored, out, nbytes, signature, parity)
+
+
+def _operated(
+    model: nn.Module | str | Path, adapters: list[Adapter], factored: bool, task: str | None, trust: bool
+) -> tuple[nn.Module, Any]:
+    """The live model with the adapters merged or grafted, and what takes them off again."""
+    if isinstance(model, str | Path):
+        fresh = [name.rpartition(".")[0] for adapter in adapters for name in adapter.replaced]
+        live = pretrained.load(
+            locate(model),
+            task=common_task(adapters, task),
+            labels=labels(adapters),
+            fresh=fresh,
+            trust_remote_code=trust,
+        )
+    else:
+        live = model
+    if not factored:
+        return live, merge_live(live, *adapters) if adapters else _nothing
+    names = [surgery.inject(live, adapter, trainable=False) and adapter.name for adapter in adapters]
+    return live, lambda: [surgery.remove(live, name) for name in reversed(names)]
+
+
+def _nothing() -> None:
+    """Takes nothing off a model that nothing was put on."""
+
+
+def _traced(live: nn.Module, task: str | None, opset: int) -> tuple[Any, Any]:
+    from peftsurgery.graph.export import trace
+    from peftsurgery.graph.signature import signature
+
+    said = signature(live, task_named(task).name if task is not None else None)
+    return trace(live, said, names=lambda name: canonical_name(live, name), opset=opset), said
+
+
+def _companions(model: nn.Module | str | Path, live: nn.Module, directory: Path) -> None:
+    if isinstance(model, str | Path):
+        carry(locate(model), directory)
+        write_json(directory / "config.json", merged_config(locate(model), live, dtype=None, untied=False))
+    elif getattr(live, "config", None) is not None:
+        write_json(directory / "config.json", live.config.to_dict())
+
+
+def _verified(live: nn.Module, signature: Any, directory: Path, tolerance: float | None) -> Parity:
+    from peftsurgery.graph import parity
+    from peftsurgery.graph.session import Session
+
+    dtype = next(live.parameters()).dtype
+    session = Session(directory / "model.onnx")
+    found = parity.compare(session, parity.torch_runner(live, signature), signature, tolerance=tolerance or parity.tolerance(dtype))
+    parity.check(found)
+    return found
+
+
+def _certificate(
+    live: nn.Module, adapters: list[Adapter], factored: bool, opset: int, parity: Parity | None
+) -> dict[str, Any]:
+    import onnxruntime
+    import transformers
+
+    return {
+        "peftsurgery": __version__,
+        "verb": "export-onnx",
+        "architecture": type(live).__name__,
+        "adapters": [{"name": a.name, "base": a.base} for a in adapters],
+        "form": "factored" if factored else "merged" if adapters else "base",
+        "opset": opset,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "onnxruntime": onnxruntime.__version__},
+        "parity": None if parity is None else parity.to_dict(),
+    }
+
+
+__all__ = ["UnsupportedModel", "export_onnx", "size"]

@@ -1,0 +1,181 @@
+"""inject: put a new adapter, or a trained one, on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftsurgery.adapter import Adapter
+from peftsurgery.commands.adapter_files import save_adapter
+from peftsurgery.commands.report import Report
+from peftsurgery.disk.locate import locate
+from peftsurgery.errors import PlanError, listing
+from peftsurgery.live import anatomy, pretrained, surgery
+from peftsurgery.live import sites as tree
+from peftsurgery.method import Method
+from peftsurgery.planning import Plan, by_pattern
+from peftsurgery.planning import plan as make_plan
+from peftsurgery.select import Layers, Query, Word
+from peftsurgery.tasks import Task, task_of
+from peftsurgery.tasks import task as task_named
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Words = Word | Iterable[Word]
+BIAS = ("none", "lora_only", "all")
+
+
+def plan(
+    model: nn.Module,
+    method: Method,
+    targets: Words,
+    *,
+    exclude_modules: Words | None = None,
+    layers_to_transform: Layers | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    bias: str = "none",
+    task: str | None = None,
+) -> Plan:
+    """What `inject` with the same words would do; touches nothing. Print it.
+
+    Args:
+        targets: module names by suffix (`"query,value"`), glob, `"re:<regex>"`, `"all-linear"`, or a list.
+        exclude_modules: the same words, for what stays out.
+        layers_to_transform: layer numbers, e.g. `[0, 1]` or `"0-3"`.
+        layers_pattern: the name of the list of layers, where it is not evident.
+        rank_pattern, alpha_pattern: another `r` or `lora_alpha` for names that match a key, as in PEFT.
+        modules_to_save: modules (heads) that get a trainable copy of their own; the task's heads do anyway.
+        bias: `none`, `lora_only` or `all`: which of the base's biases train too.
+        task: the task (`seq-cls`, `SEQ_CLS`, …); by default read off the model's class.
+
+    Raises:
+        NoSiteMatched, UnsupportedSite, PlanError: nothing has been touched.
+    """
+    if bias not in BIAS:
+        raise PlanError(f"bias is {bias!r} and is one of {listing(BIAS)}.")
+    heads = anatomy.heads(model, modules_to_save, _task(model, task))
+    query = Query.of(targets, exclude_modules, layers_to_transform, layers_pattern)
+    offered, outputs = tree.sites(model), (*anatomy.output_embeddings(model), *heads)
+    chosen = make_plan(offered, method, targets=query, reserved=heads, outputs=outputs)
+    patterns = {"r": rank_pattern or {}, "lora_alpha": alpha_pattern or {}}
+    if any(patterns.values()):
+        refine = by_pattern(chosen.sites, **{field: keys for field, keys in patterns.items() if keys})
+        chosen = make_plan(offered, method, targets=query, reserved=heads, outputs=outputs, refine=refine)
+    return replace(chosen, modules_to_save=heads, bias=bias)
+
+
+def inject(
+    model: nn.Module | str | Path,
+    method: Method | Adapter,
+    targets: Words | None = None,
+    *,
+    exclude_modules: Words | None = None,
+    layers_to_transform: Layers | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    bias: str = "none",
+    task: str | None = None,
+    name: str | None = None,
+    seed: int | None = None,
+    trainable: bool = True,
+    out: str | Path | None = None,
+    dry_run: bool = False,
+    trust_remote_code: bool = False,
+) -> nn.Module | Report:
+    """Put a new adapter, or a trained one, on a live model; or write a fresh adapter for a model directory.
+
+    The words are those of `plan`. A live model comes back as the model to call from now on: it is
+    changed as a whole or, on any error, not at all. For a directory, `out` receives the fresh adapter
+    in PEFT's format and a Report comes back.
+
+    Args:
+        method: the method (`LoRA(r=8)`), or an adapter from `load_adapter` or `remove`.
+        name: what the adapter is called on the model; `default`, or the adapter's own name.
+        seed: makes the fresh parameters reproducible.
+        trainable: whether the adapter's parameters require gradients.
+        dry_run: plan and report only.
+
+    Raises:
+        PlanError, AdapterError, FoldError: nothing has been touched.
+    """
+    words = (exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, modules_to_save)
+    if isinstance(method, Adapter):
+        _no_words(targets, *words)
+        return surgery.inject(_live(model), replace(method, name=name or method.name), trainable=trainable)
+    if targets is None:
+        raise PlanError("No target was given. Name modules, e.g. `targets=['query', 'value']` or 'all-linear'.")
+    tree_of = model if not isinstance(model, str | Path) else _skeleton(model, task, trust_remote_code)
+    chosen = plan(
+        tree_of, method, targets, exclude_modules=exclude_modules, layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern,
+        modules_to_save=modules_to_save, bias=bias, task=task,
+    )
+    if dry_run:
+        return _planned(chosen)
+    if not isinstance(model, str | Path):
+        fresh = surgery.fresh(model, chosen, name or "default", seed, _peft_task(model, task))
+        return surgery.inject(model, fresh, trainable=trainable)
+    return _written(model, tree_of, chosen, name or "default", seed, task, out, trust_remote_code)
+
+
+def _written(
+    model: str | Path, tree_of: nn.Module, chosen: Plan, name: str, seed: int | None, word: str | None,
+    out: str | Path | None, trust_remote_code: bool,
+) -> Report:
+    if out is None:
+        raise PlanError("A fresh adapter for a model directory needs a place: give `out=` (`-o DIR`), or `dry_run`.")
+    if chosen.modules_to_save or chosen.bias != "none":
+        # heads and biases start from the base's own values
+        named = _peft_task(tree_of, word)
+        tree_of = pretrained.load(
+            locate(model), task=task_named(named) if named else None, fresh=chosen.modules_to_save,
+            trust_remote_code=trust_remote_code,
+        )
+    adapter = surgery.fresh(tree_of, chosen, name, seed, _peft_task(tree_of, word), real=True)
+    save_adapter(replace(adapter, base=str(model)), out)
+    facts = {"sites": len(chosen.steps), "parameters": adapter.num_parameters, "out": str(out)}
+    hint = f"train it with PEFT or peftsurgery, then `peftsurgery merge {model} {out} -o merged`"
+    return Report("inject", f"Wrote a fresh {chosen.steps[0].method.name} adapter.", facts, hint=hint)
+
+
+def _planned(chosen: Plan) -> Report:
+    sites = [site.name for site in chosen.sites]
+    facts = {"dry_run": True, "sites": sites, "hits": dict(chosen.hits), "modules_to_save": list(chosen.modules_to_save)}
+    return Report("inject", "Dry run: nothing was changed.", facts, body=str(chosen))
+
+
+def _live(model: nn.Module | str | Path) -> nn.Module:
+    if isinstance(model, str | Path):
+        raise PlanError(
+            "A trained adapter goes onto a live model. For a directory, merge it instead: "
+            "`peftsurgery merge MODEL ADAPTER -o OUT`."
+        )
+    return model
+
+
+def _no_words(*words: object) -> None:
+    if any(word is not None for word in words):
+        raise PlanError("A trained adapter knows its sites: leave out targets, patterns and modules_to_save.")
+
+
+def _task(model: nn.Module, word: str | None) -> Task | None:
+    return task_named(word) if word is not None else task_of(type(model).__name__)
+
+
+def _peft_task(model: nn.Module, word: str | None) -> str | None:
+    known = _task(model, word)
+    return known.peft if known is not None else None
+
+
+def _skeleton(model: str | Path, word: str | None, trust_remote_code: bool) -> nn.Module:
+    wanted = task_named(word) if word is not None else None
+    return pretrained.skeleton(locate(model), task=wanted, trust_remote_code=trust_remote_code)
+

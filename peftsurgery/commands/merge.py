@@ -1,0 +1,138 @@
+"""merge: fold adapters into a model, wherever it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftsurgery import __version__
+from peftsurgery.adapter import Adapter, check, rebased
+from peftsurgery.commands.adapter_files import Adapters, gather
+from peftsurgery.commands.companions import carry, merged_config
+from peftsurgery.commands.fitting import fit
+from peftsurgery.commands.report import Report, size
+from peftsurgery.disk.checkpoint import open_checkpoint
+from peftsurgery.disk.locate import locate
+from peftsurgery.disk.merge import merge as merge_checkpoint
+from peftsurgery.disk.writer import staged, write_json
+from peftsurgery.dtypes import dtype_named
+from peftsurgery.errors import PlanError
+from peftsurgery.events import Listener, ignore
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftsurgery.live.merge import Undo
+
+
+def merge(
+    model: nn.Module | str | Path,
+    adapters: Adapters,
+    *,
+    out: str | Path | None = None,
+    weight: Sequence[float] = (),
+    untie: bool = False,
+    task: str | None = None,
+    dtype: str | None = None,
+    device: str = "cpu",
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    listen: Listener = ignore,
+) -> Undo | Report:
+    """Fold adapters into W0: of a live model, of a safetensors checkpoint, or of an ONNX file.
+
+    Folding is done in float32 and rounded once. A checkpoint is streamed, one tensor at a time, into
+    a new directory that `from_pretrained` loads: config, labels and tokenizer travel along. A live
+    model is changed in place, and what comes back, called, undoes it.
+
+    Args:
+        model: a live module, a model directory, a hub id in the local cache, or an `.onnx` file.
+        adapters: one or several: directories, or `Adapter`s.
+        out: the directory to write (not for a live model).
+        weight: a factor for each adapter's effect; 1 by default.
+        untie: write a copy of a tied weight that the adapter changes for one of its names only.
+        task: the task of the merged model, where the adapter does not say it.
+        dtype: that of the output; each tensor's own by default.
+        device: where folding is computed.
+        allow_pickle, trust_remote_code: trust the adapter's pickle, the model's Python code.
+        listen: receives progress.
+
+    Raises:
+        AdapterError, FoldError, PlanError, CheckpointError: inputs and output are as they were.
+    """
+    given = [check(adapter) for adapter in gather(adapters, weight, allow_pickle=allow_pickle)]
+    if not isinstance(model, str | Path):
+        from peftsurgery.live.merge import merge as merge_live
+
+        return merge_live(model, *given, untie=untie, listen=listen)
+    if out is None:
+        raise PlanError(f"The merged model needs a place of its own: `peftsurgery merge {model} ADAPTER -o OUT`.")
+    if str(model).endswith(".onnx"):
+        return _merge_graph(Path(model), given, Path(out), listen)
+    return _merge_disk(model, given, Path(out), untie, task, dtype, device, trust_remote_code, listen)
+
+
+def _merge_disk(
+    model: str | Path, adapters: list[Adapter], out: Path, untie: bool, task: str | None, dtype: str | None,
+    device: str, trust_remote_code: bool, listen: Listener,
+) -> Report:
+    base = locate(model)
+    _apart(base, out)
+    checkpoint = open_checkpoint(base)
+    plan = fit(checkpoint, adapters, task=task, untie=untie, trust_remote_code=trust_remote_code)
+    wanted = dtype_named(dtype)
+    with staged(out) as directory:
+        done = merge_checkpoint(
+            checkpoint, plan.adapters, directory, rename=plan.rename, twins=plan.twins, dtype=wanted, device=device,
+            listen=listen,
+        )
+        carry(base, directory)
+        write_json(directory / "config.json", merged_config(base, plan.skeleton, dtype=dtype, untied=bool(plan.twins)))
+        write_json(directory / "peftsurgery.json", _provenance(model, adapters, done.folded, done.added))
+    facts = {
+        "model": str(model),
+        "adapters": [adapter.name for adapter in adapters],
+        "architecture": type(plan.skeleton).__name__,
+        "folded": len(done.folded),
+        "added": list(done.added),
+        "size": size(done.nbytes),
+        "tensors": list(done.folded),
+        "out": str(out),
+    }
+    return Report("merge", f"Merged {len(done.folded)} of {done.num_tensors} tensors.", facts, hint=f"peftsurgery export-onnx {out} -o ONNX_DIR")
+
+
+def _merge_graph(model: Path, adapters: list[Adapter], out: Path, listen: Listener) -> Report:
+    from peftsurgery.graph import merge as graph_merge
+    from peftsurgery.graph import sites as graph_sites
+    from peftsurgery.graph import weights
+
+    graph = weights.load(model)
+    names = graph.graph.initializers
+    fitted = [rebased(adapter, graph_sites.sites(graph), names)[0] for adapter in adapters]
+    _apart(model.parent, out)
+    with staged(out) as directory:
+        graph_merge.merge(graph, fitted, listen=listen)
+        weights.save(graph, directory, name=model.name)
+        carry(model.parent, directory)
+    facts = {"model": str(model), "adapters": [a.name for a in adapters], "folded": sum(len(a.plan.steps) for a in fitted), "out": str(out)}
+    return Report("merge", f"Merged into {model.name}.", facts, hint=f"peftsurgery verify {out} --against MODEL")
+
+
+def _apart(base: Path, out: Path) -> None:
+    inside = out.resolve()
+    if inside == base.resolve() or inside in base.resolve().parents:
+        raise PlanError(f"{out} is the model itself; a merge never overwrites its base. Give another `-o`.")
+
+
+def _provenance(model: str | Path, adapters: list[Adapter], folded: Sequence[str], added: Sequence[str]) -> dict[str, object]:
+    said = [{"name": a.name, "methods": sorted({repr(s.method) for s in a.plan.steps}), "base": a.base} for a in adapters]
+    return {
+        "peftsurgery": __version__,
+        "verb": "merge",
+        "base": Path(model).name,
+        "adapters": said,
+        "folded": list(folded),
+        "added": list(added),
+    }

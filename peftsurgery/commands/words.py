@@ -1,0 +1,51 @@
+"""Hyper-parameters from the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from peftsurgery.errors import PlanError, listing, nearest
+from peftsurgery.method import Method
+from peftsurgery.methods import METHODS
+
+
+def method_named(word: str, settings: Iterable[str], common: Mapping[str, Any]) -> Method:
+    """The method that `--method`, `--set name=value` and the common flags say.
+
+    Raises:
+        PlanError: no such method or hyper-parameter.
+    """
+    if word not in METHODS:
+        raise PlanError(f"{word!r} is no method. peftsurgery has {listing(list(METHODS))}.")
+    cls = METHODS[word]
+    known = [field.name for field in fields(cls)]
+    said = {name: value for name, value in common.items() if value is not None}
+    said |= {name: _value(text) for name, text in _pairs(settings)}
+    for name in said:
+        if name not in known:
+            near = listing(nearest(name, known)) or listing(known)
+            raise PlanError(f"{word} has no hyper-parameter {name!r}. Nearest: {near}. Nothing was changed.")
+    return cls(**said)
+
+
+def numbers(settings: Iterable[str]) -> dict[str, Any] | None:
+    """`KEY=NUMBER` words as a mapping; None for none."""
+    return {name: _value(text) for name, text in _pairs(settings)} or None
+
+
+def _pairs(settings: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise PlanError(f"{setting!r} says no value. Write `--set {setting}=VALUE`.")
+        yield name, text
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return {"True": True, "False": False, "None": None}.get(text, text)

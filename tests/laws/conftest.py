@@ -1,0 +1,42 @@
+"""Every law runs for every method that can be put at the subject, and every subject."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import peftsurgery as ps
+from peftsurgery.method import Method
+from tests.subjects import SUBJECTS, Subject
+
+SETTINGS: dict[str, list[Method]] = {
+    "lora": [ps.LoRA(r=4, lora_alpha=8), ps.LoRA(r=3, lora_alpha=5, use_rslora=True, init_lora_weights="gaussian")]
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "subject" in metafunc.fixturenames:
+        metafunc.parametrize("subject", SUBJECTS, ids=str)
+    if "method" in metafunc.fixturenames:
+        methods = [method for name in ps.METHODS for method in SETTINGS[name]]
+        metafunc.parametrize("method", methods, ids=lambda method: f"{method.name}-{hash(method) % 1000}")
+
+
+def trained(subject: Subject, method: Method, name: str = "default", seed: int = 0) -> ps.Adapter:
+    """An adapter for the subject whose every parameter is away from its start."""
+    model = subject.model()
+    ps.inject(model, method, subject.targets, name=name, seed=seed, task="feature-extraction")
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in ps.trainable_parameters(model).values():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return ps.remove(model, name)
+
+
+def slack(subject: Subject) -> float:
+    """The relative tolerance of one rounding of each weight, grown through the layers."""
+    return 2e-5 if subject.dtype is torch.float32 else 8e-2
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
