@@ -32,7 +32,12 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error."),
         click.option("-q", "--quiet", is_flag=True, help="Show errors only."),
-        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON on stdout; progress goes to stderr."),
+        click.option(
+            "--json",
+            "as_json",
+            is_flag=True,
+            help="Print the report as JSON on stdout; progress goes to stderr.",
+        ),
     ):
         command = option(command)
     return command
@@ -40,7 +45,9 @@ def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def trust_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model directory brings."),
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Run the Python code that the model directory brings."
+        ),
         click.option("--allow-pickle", is_flag=True, help="Read a .bin adapter (weights only)."),
     ):
         command = option(command)
@@ -103,20 +110,32 @@ def inspect_command(**options: Any) -> None:
 @click.argument("model")
 @click.option("--method", default="lora", show_default=True, help="The method, e.g. lora.")
 @word_options
-@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter, e.g. r=16. Repeatable.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter, e.g. r=16. Repeatable."
+)
 @click.option("--r", "--rank", type=int, help="Rank (r).")
 @click.option("--alpha", "lora_alpha", type=float, help="lora_alpha.")
 @click.option("--dropout", "lora_dropout", type=float, help="lora_dropout.")
-@click.option("--rank-pattern", multiple=True, metavar="KEY=R", help="Another r for names that match KEY. Repeatable.")
-@click.option("--alpha-pattern", multiple=True, metavar="KEY=A", help="Another lora_alpha for names that match KEY.")
-@click.option("--modules-to-save", multiple=True, help="A head that trains and travels with the adapter. Repeatable.")
+@click.option(
+    "--rank-pattern", multiple=True, metavar="KEY=R", help="Another r for names that match KEY. Repeatable."
+)
+@click.option(
+    "--alpha-pattern", multiple=True, metavar="KEY=A", help="Another lora_alpha for names that match KEY."
+)
+@click.option(
+    "--modules-to-save", multiple=True, help="A head that trains and travels with the adapter. Repeatable."
+)
 @click.option("--bias", type=click.Choice(["none", "lora_only", "all"]), default="none", show_default=True)
 @click.option("--task", help="The task, e.g. seq-cls: its heads train and travel with the adapter.")
 @click.option("--name", help="What the adapter is called.")
 @click.option("--seed", type=int, help="Makes the fresh parameters reproducible.")
 @click.option("-o", "--out", type=click.Path(), help="The directory to write the fresh adapter to.")
-@click.option("--dry-run", is_flag=True, help="Show what would be hit, per pattern and per layer; write nothing.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the Python code that the model directory brings.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show what would be hit, per pattern and per layer; write nothing."
+)
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run the Python code that the model directory brings."
+)
 @report_options
 def inject_command(**options: Any) -> None:
     """Write a fresh adapter for MODEL, which PEFT and peftsurgery load and train."""
@@ -154,7 +173,9 @@ def remove_command(**options: Any) -> None:
 @click.argument("model")
 @click.argument("adapters", nargs=-1, required=True)
 @click.option("-o", "--out", type=click.Path(), help="The directory to write.")
-@click.option("--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order.")
+@click.option(
+    "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
+)
 @click.option("--untie", is_flag=True, help="Give a tied weight that the adapter changes a copy of its own.")
 @click.option("--task", help="The task of the merged model, where the adapter does not say it.")
 @click.option("--dtype", help="float32, float16 or bfloat16; each tensor's own by default.")
@@ -173,11 +194,17 @@ def merge_command(**options: Any) -> None:
 @click.argument("model")
 @click.option("--adapter", "adapters", multiple=True, help="An adapter to export with it. Repeatable.")
 @click.option("-o", "--out", type=click.Path(), required=True, help="The directory to write.")
-@click.option("--factored", is_flag=True, help="Keep the adapter's factors in the graph instead of merging them.")
-@click.option("--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order.")
+@click.option(
+    "--factored", is_flag=True, help="Keep the adapter's factors in the graph instead of merging them."
+)
+@click.option(
+    "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
+)
 @click.option("--task", help="The task, e.g. seq-cls, where the checkpoint does not say it.")
 @click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset.")
-@click.option("--no-verify", "verify", is_flag=True, default=True, flag_value=False, help="Do not compare with torch.")
+@click.option(
+    "--no-verify", "verify", is_flag=True, default=True, flag_value=False, help="Do not compare with torch."
+)
 @click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32.")
 @trust_options
 @report_options
@@ -191,8 +218,12 @@ def export_onnx_command(**options: Any) -> None:
 
 @main.command("verify")
 @click.argument("model")
-@click.option("--against", required=True, help="What it should equal: a model directory or another ONNX export.")
-@click.option("--adapter", "adapters", multiple=True, help="An adapter on the model of --against. Repeatable.")
+@click.option(
+    "--against", required=True, help="What it should equal: a model directory or another ONNX export."
+)
+@click.option(
+    "--adapter", "adapters", multiple=True, help="An adapter on the model of --against. Repeatable."
+)
 @click.option("--task", help="The task, where the checkpoint does not say it.")
 @click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32.")
 @trust_options

@@ -16,7 +16,6 @@ from peftsurgery.commands.fitting import common_task, labels
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.locate import locate
 from peftsurgery.disk.writer import staged, write_json
-from peftsurgery.errors import UnsupportedModel
 from peftsurgery.events import Event, Listener, ignore
 from peftsurgery.live import pretrained, surgery
 from peftsurgery.live.active import canonical_name
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftsurgery.graph.parity import Parity
+    from peftsurgery.graph.signature import Signature
 
 
 def export_onnx(
@@ -65,7 +65,7 @@ def export_onnx(
     from peftsurgery.graph import weights
 
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
-    live, undo = _operated(model, given, factored, task, trust_remote_code)
+    live, undo = operated(model, given, factored, task, trust_remote_code)
     try:
         with staged(Path(out)) as directory:
             listen(Event("export", "tracing", 0, 3))
@@ -83,7 +83,7 @@ def export_onnx(
     return _report(live, given, factored, out, nbytes, signature, parity)
 
 
-def _operated(
+def operated(
     model: nn.Module | str | Path, adapters: list[Adapter], factored: bool, task: str | None, trust: bool
 ) -> tuple[nn.Module, Any]:
     """The live model with the adapters merged or grafted, and what takes them off again."""
@@ -130,7 +130,12 @@ def _verified(live: nn.Module, signature: Any, directory: Path, tolerance: float
 
     dtype = next(live.parameters()).dtype
     session = Session(directory / "model.onnx")
-    found = parity.compare(session, parity.torch_runner(live, signature), signature, tolerance=tolerance or parity.tolerance(dtype))
+    found = parity.compare(
+        session,
+        parity.torch_runner(live, signature),
+        signature,
+        tolerance=tolerance or parity.tolerance(dtype),
+    )
     parity.check(found)
     return found
 
@@ -146,11 +151,48 @@ def _certificate(
         "verb": "export-onnx",
         "architecture": type(live).__name__,
         "adapters": [{"name": a.name, "base": a.base} for a in adapters],
-        "form": "factored" if factored else "merged" if adapters else "base",
+        "form": _form(adapters, factored),
         "opset": opset,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "onnxruntime": onnxruntime.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
         "parity": None if parity is None else parity.to_dict(),
     }
 
 
-__all__ = ["UnsupportedModel", "export_onnx", "size"]
+def _report(
+    live: nn.Module,
+    adapters: list[Adapter],
+    factored: bool,
+    out: str | Path,
+    nbytes: int,
+    signature: Signature,
+    parity: Parity | None,
+) -> Report:
+    facts: dict[str, Any] = {
+        "architecture": type(live).__name__,
+        "form": _form(adapters, factored),
+        "inputs": [port.name for port in signature.inputs],
+        "outputs": [port.name for port in signature.outputs],
+        "size": size(nbytes),
+        "out": str(out),
+        "parity": None if parity is None else parity.to_dict(),
+    }
+    table = parity_table(parity) if parity is not None else ()
+    headline = "Exported; not compared with torch." if parity is None else f"Exported, and verified: {parity}."
+    return Report("export-onnx", headline, facts, table, hint=f"run {out}/model.onnx with ONNX Runtime")
+
+
+def parity_table(parity: Parity) -> list[tuple[str, ...]]:
+    """The rows of a comparison: one per output and shape."""
+    rows = [
+        (row.output, f"{row.batch} × {row.length}", f"{row.max_abs_diff:.1e}", f"{row.top1_agreement:.0%}")
+        for row in parity.rows
+    ]
+    return [("output", "batch × length", "max |difference|", "same top-1"), *rows]
+
+
+def _form(adapters: list[Adapter], factored: bool) -> str:
+    return "factored" if adapters and factored else "merged" if adapters else "base"

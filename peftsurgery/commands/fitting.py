@@ -37,7 +37,12 @@ class Fit:
 
 
 def fit(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], *, task: str | None, untie: bool, trust_remote_code: bool
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    *,
+    task: str | None,
+    untie: bool,
+    trust_remote_code: bool,
 ) -> Fit:
     """Fit adapters to a checkpoint, reading headers only (and the weights of tied groups that are folded).
 
@@ -79,7 +84,9 @@ def common_task(adapters: Sequence[Adapter], word: str | None) -> Task | None:
         return task(word)
     words = sorted({adapter.task_type for adapter in adapters if adapter.task_type})
     if len(words) > 1:
-        raise AdapterError(f"The adapters were trained for different tasks: {listing(words)}. Choose with `--task`.")
+        raise AdapterError(
+            f"The adapters were trained for different tasks: {listing(words)}. Choose with `--task`."
+        )
     return task(words[0]) if words else None
 
 
@@ -116,7 +123,10 @@ def _settled(
 
 
 def _folded_groups(
-    checkpoint: Checkpoint, stored: Mapping[str, str], hit: Sequence[tuple[str, ...]], adapters: Sequence[Adapter]
+    checkpoint: Checkpoint,
+    stored: Mapping[str, str],
+    hit: Sequence[tuple[str, ...]],
+    adapters: Sequence[Adapter],
 ) -> Iterable[tuple[str, Tensor]]:
     for group in hit:
         value = load(checkpoint.tensors[next(stored[name] for name in group if name in stored)])

@@ -106,37 +106,64 @@ def inject(
     Raises:
         PlanError, AdapterError, FoldError: nothing has been touched.
     """
-    words = (exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern, modules_to_save)
+    words = (
+        exclude_modules,
+        layers_to_transform,
+        layers_pattern,
+        rank_pattern,
+        alpha_pattern,
+        modules_to_save,
+    )
     if isinstance(method, Adapter):
         _no_words(targets, *words)
         return surgery.inject(_live(model), replace(method, name=name or method.name), trainable=trainable)
     if targets is None:
-        raise PlanError("No target was given. Name modules, e.g. `targets=['query', 'value']` or 'all-linear'.")
+        raise PlanError(
+            "No target was given. Name modules, e.g. `targets=['query', 'value']` or 'all-linear'."
+        )
     tree_of = model if not isinstance(model, str | Path) else _skeleton(model, task, trust_remote_code)
     chosen = plan(
-        tree_of, method, targets, exclude_modules=exclude_modules, layers_to_transform=layers_to_transform,
-        layers_pattern=layers_pattern, rank_pattern=rank_pattern, alpha_pattern=alpha_pattern,
-        modules_to_save=modules_to_save, bias=bias, task=task,
+        tree_of,
+        method,
+        targets,
+        exclude_modules=exclude_modules,
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        modules_to_save=modules_to_save,
+        bias=bias,
+        task=task,
     )
     if dry_run:
         return _planned(chosen)
     if not isinstance(model, str | Path):
         fresh = surgery.fresh(model, chosen, name or "default", seed, _peft_task(model, task))
-        return surgery.inject(model, fresh, trainable=trainable)
+        return surgery.graft(model, fresh, trainable=trainable)
     return _written(model, tree_of, chosen, name or "default", seed, task, out, trust_remote_code)
 
 
 def _written(
-    model: str | Path, tree_of: nn.Module, chosen: Plan, name: str, seed: int | None, word: str | None,
-    out: str | Path | None, trust_remote_code: bool,
+    model: str | Path,
+    tree_of: nn.Module,
+    chosen: Plan,
+    name: str,
+    seed: int | None,
+    word: str | None,
+    out: str | Path | None,
+    trust_remote_code: bool,
 ) -> Report:
     if out is None:
-        raise PlanError("A fresh adapter for a model directory needs a place: give `out=` (`-o DIR`), or `dry_run`.")
+        raise PlanError(
+            "A fresh adapter for a model directory needs a place: give `out=` (`-o DIR`), or `dry_run`."
+        )
     if chosen.modules_to_save or chosen.bias != "none":
         # heads and biases start from the base's own values
         named = _peft_task(tree_of, word)
         tree_of = pretrained.load(
-            locate(model), task=task_named(named) if named else None, fresh=chosen.modules_to_save,
+            locate(model),
+            task=task_named(named) if named else None,
+            fresh=chosen.modules_to_save,
             trust_remote_code=trust_remote_code,
         )
     adapter = surgery.fresh(tree_of, chosen, name, seed, _peft_task(tree_of, word), real=True)
@@ -148,7 +175,12 @@ def _written(
 
 def _planned(chosen: Plan) -> Report:
     sites = [site.name for site in chosen.sites]
-    facts = {"dry_run": True, "sites": sites, "hits": dict(chosen.hits), "modules_to_save": list(chosen.modules_to_save)}
+    facts = {
+        "dry_run": True,
+        "sites": sites,
+        "hits": dict(chosen.hits),
+        "modules_to_save": list(chosen.modules_to_save),
+    }
     return Report("inject", "Dry run: nothing was changed.", facts, body=str(chosen))
 
 
@@ -178,4 +210,3 @@ def _peft_task(model: nn.Module, word: str | None) -> str | None:
 def _skeleton(model: str | Path, word: str | None, trust_remote_code: bool) -> nn.Module:
     wanted = task_named(word) if word is not None else None
     return pretrained.skeleton(locate(model), task=wanted, trust_remote_code=trust_remote_code)
-

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 Words = Word | Iterable[Word]
 
 
-def sites(model: nn.Module | str | Path, *, task: str | None = None, trust_remote_code: bool = False) -> list[Site]:
+def sites(
+    model: nn.Module | str | Path, *, task: str | None = None, trust_remote_code: bool = False
+) -> list[Site]:
     """Every site of a live model, a model directory or an `.onnx` file, in its order."""
     if not isinstance(model, str | Path):
         return tree.sites(model)
@@ -65,13 +67,17 @@ def inspect(
     offered = sites(model, task=task, trust_remote_code=trust_remote_code)
     facts = _facts(model, offered)
     if targets is None:
-        return Report("inspect", f"{_title(model)}: {len(offered)} sites.", facts, _table(offered), _tree(offered, tree))
+        return Report(
+            "inspect", f"{_title(model)}: {len(offered)} sites.", facts, _table(offered), _tree(offered, tree)
+        )
     query = Query.of(targets, exclude_modules, layers_to_transform, layers_pattern)
     chosen = select(offered, query)
     facts["selected"] = [site.name for site in chosen.sites]
     facts["hits"] = {word: len(names) for word, names in chosen.hits.items()}
     body = str(Plan((), query, hits=facts["hits"])).split("\n", 1)[1] + "\n" + _tree(chosen.sites, True)
-    return Report("inspect", f"{_title(model)}: {len(chosen.sites)} of {len(offered)} sites.", facts, body=body)
+    return Report(
+        "inspect", f"{_title(model)}: {len(chosen.sites)} of {len(offered)} sites.", facts, body=body
+    )
 
 
 def _adapter_report(path: str | Path, tree: bool, allow_pickle: bool) -> Report:
@@ -87,7 +93,13 @@ def _adapter_report(path: str | Path, tree: bool, allow_pickle: bool) -> Report:
         "sites": [site.name for site in adapter.plan.sites],
     }
     offered = adapter.plan.sites
-    return Report("inspect", f"{path}: an adapter of {len(offered)} sites.", facts, _table(offered), _tree(offered, tree))
+    return Report(
+        "inspect",
+        f"{path}: an adapter of {len(offered)} sites.",
+        facts,
+        _table(offered),
+        _tree(offered, tree),
+    )
 
 
 def _facts(model: object, offered: Sequence[Site]) -> dict[str, Any]:

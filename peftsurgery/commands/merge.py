@@ -67,15 +67,24 @@ def merge(
 
         return merge_live(model, *given, untie=untie, listen=listen)
     if out is None:
-        raise PlanError(f"The merged model needs a place of its own: `peftsurgery merge {model} ADAPTER -o OUT`.")
+        raise PlanError(
+            f"The merged model needs a place of its own: `peftsurgery merge {model} ADAPTER -o OUT`."
+        )
     if str(model).endswith(".onnx"):
         return _merge_graph(Path(model), given, Path(out), listen)
     return _merge_disk(model, given, Path(out), untie, task, dtype, device, trust_remote_code, listen)
 
 
 def _merge_disk(
-    model: str | Path, adapters: list[Adapter], out: Path, untie: bool, task: str | None, dtype: str | None,
-    device: str, trust_remote_code: bool, listen: Listener,
+    model: str | Path,
+    adapters: list[Adapter],
+    out: Path,
+    untie: bool,
+    task: str | None,
+    dtype: str | None,
+    device: str,
+    trust_remote_code: bool,
+    listen: Listener,
 ) -> Report:
     base = locate(model)
     _apart(base, out)
@@ -84,11 +93,20 @@ def _merge_disk(
     wanted = dtype_named(dtype)
     with staged(out) as directory:
         done = merge_checkpoint(
-            checkpoint, plan.adapters, directory, rename=plan.rename, twins=plan.twins, dtype=wanted, device=device,
+            checkpoint,
+            plan.adapters,
+            directory,
+            rename=plan.rename,
+            twins=plan.twins,
+            dtype=wanted,
+            device=device,
             listen=listen,
         )
         carry(base, directory)
-        write_json(directory / "config.json", merged_config(base, plan.skeleton, dtype=dtype, untied=bool(plan.twins)))
+        write_json(
+            directory / "config.json",
+            merged_config(base, plan.skeleton, dtype=dtype, untied=bool(plan.twins)),
+        )
         write_json(directory / "peftsurgery.json", _provenance(model, adapters, done.folded, done.added))
     facts = {
         "model": str(model),
@@ -100,7 +118,12 @@ def _merge_disk(
         "tensors": list(done.folded),
         "out": str(out),
     }
-    return Report("merge", f"Merged {len(done.folded)} of {done.num_tensors} tensors.", facts, hint=f"peftsurgery export-onnx {out} -o ONNX_DIR")
+    return Report(
+        "merge",
+        f"Merged {len(done.folded)} of {done.num_tensors} tensors.",
+        facts,
+        hint=f"peftsurgery export-onnx {out} -o ONNX_DIR",
+    )
 
 
 def _merge_graph(model: Path, adapters: list[Adapter], out: Path, listen: Listener) -> Report:
@@ -116,8 +139,15 @@ def _merge_graph(model: Path, adapters: list[Adapter], out: Path, listen: Listen
         graph_merge.merge(graph, fitted, listen=listen)
         weights.save(graph, directory, name=model.name)
         carry(model.parent, directory)
-    facts = {"model": str(model), "adapters": [a.name for a in adapters], "folded": sum(len(a.plan.steps) for a in fitted), "out": str(out)}
-    return Report("merge", f"Merged into {model.name}.", facts, hint=f"peftsurgery verify {out} --against MODEL")
+    facts = {
+        "model": str(model),
+        "adapters": [a.name for a in adapters],
+        "folded": sum(len(a.plan.steps) for a in fitted),
+        "out": str(out),
+    }
+    return Report(
+        "merge", f"Merged into {model.name}.", facts, hint=f"peftsurgery verify {out} --against MODEL"
+    )
 
 
 def _apart(base: Path, out: Path) -> None:
@@ -126,8 +156,13 @@ def _apart(base: Path, out: Path) -> None:
         raise PlanError(f"{out} is the model itself; a merge never overwrites its base. Give another `-o`.")
 
 
-def _provenance(model: str | Path, adapters: list[Adapter], folded: Sequence[str], added: Sequence[str]) -> dict[str, object]:
-    said = [{"name": a.name, "methods": sorted({repr(s.method) for s in a.plan.steps}), "base": a.base} for a in adapters]
+def _provenance(
+    model: str | Path, adapters: list[Adapter], folded: Sequence[str], added: Sequence[str]
+) -> dict[str, object]:
+    said = [
+        {"name": a.name, "methods": sorted({repr(s.method) for s in a.plan.steps}), "base": a.base}
+        for a in adapters
+    ]
     return {
         "peftsurgery": __version__,
         "verb": "merge",

@@ -48,5 +48,18 @@ def remove(
 
 def _one(name: str | None, known: tuple[str, ...]) -> str:
     if name is None and len(known) != 1:
-        raise PlanError(f"There are {len(known)} adapters ({', '.join(known)}): say which, e.g. `name='default'`.")
+        raise PlanError(
+            f"There are {len(known)} adapters ({', '.join(known)}): say which, e.g. `name='default'`."
+        )
     return name if name is not None else known[0]
+
+
+def _dissect(
+    path: Path, name: str | None, out: str | Path | None, adapter_out: str | Path | None, listen: Listener
+) -> Report:
+    if out is None:
+        raise PlanError(f"The clean base needs a place: `peftsurgery remove {path} -o CLEAN --adapter-out ADAPTER`.")
+    checkpoint = open_checkpoint(path)
+    cut = extract.dissect(checkpoint.tensors)
+    chosen = _one(name, tuple(cut.adapters)) if adapter_out is not None else None
+    ...

@@ -34,14 +34,21 @@ class Report:
 
     def __str__(self) -> str:
         width = max((len(name) for name in self._shown()), default=0)
-        lines = [self.headline, *(f"  {name:<{width}}  {_plain(value)}" for name, value in self._shown().items())]
+        lines = [
+            self.headline,
+            *(f"  {name:<{width}}  {_plain(value)}" for name, value in self._shown().items()),
+        ]
         lines += [self.body] if self.body else []
         lines += _columns(self.table)
         lines += [f"Next: {self.hint}"] if self.hint else []
         return "\n".join(lines)
 
     def _shown(self) -> dict[str, Any]:
-        return {n: v for n, v in self.facts.items() if not isinstance(v, dict) and not _long(v) and v not in (None, "", [])}
+        return {
+            n: v
+            for n, v in self.facts.items()
+            if not isinstance(v, dict) and not _long(v) and v not in (None, "", [])
+        }
 
 
 def size(nbytes: float) -> str:
@@ -54,7 +61,9 @@ def size(nbytes: float) -> str:
 
 
 def _long(value: Any) -> bool:
-    return isinstance(value, list | tuple) and (len(value) > 8 or any(isinstance(v, dict | list) for v in value))
+    return isinstance(value, list | tuple) and (
+        len(value) > 8 or any(isinstance(v, dict | list) for v in value)
+    )
 
 
 def _plain(value: Any) -> str:
@@ -67,4 +76,7 @@ def _columns(table: Sequence[Sequence[str]]) -> list[str]:
     if not table:
         return []
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    ]

@@ -26,17 +26,17 @@ class Factor(nn.Module):
 class Theta(nn.Module):
     """The parameters of one method at one site, under the names that the PEFT file format gives them."""
 
+    method: Method
+    names: tuple[tuple[str, str, str], ...]
+
     def __init__(self, method: Method, params: Mapping[str, Tensor], dropout: float, trainable: bool) -> None:
         super().__init__()
-        self.method = method
-        self.names = tuple((name, *_split(name)) for name in params)
+        self.__dict__.update(method=method, names=tuple((name, *_split(name)) for name in params))
         if dropout:
             self.add_module(f"{method.name}_dropout", nn.Dropout(dropout))
         for name, head, leaf in self.names:
-            owner = self if not head else self._modules.get(head) or Factor()
-            owner.register_parameter(leaf, nn.Parameter(params[name], requires_grad=trainable))
-            if head:
-                self._modules[head] = owner
+            owner = self if not head else self._modules.setdefault(head, Factor()) or self
+            owner._parameters[leaf] = nn.Parameter(params[name], requires_grad=trainable)
 
     @property
     def dropout(self) -> nn.Module | None:
@@ -58,14 +58,16 @@ class Graft(nn.Module):
     """What stands in the place of `base` while an adapter is on the model."""
 
     base: nn.Module
+    label: str
+    active: bool
 
     def __init__(self, base: nn.Module, label: str, own: nn.Module) -> None:
         super().__init__()
-        self.label = label
-        self.active = True
-        self.base = base
-        self._modules[label] = own
-        self.train(base.training)
+        # Plain entries, for nn.Module's checks on every assignment cost more than all the rest.
+        self.__dict__.update(label=label, active=True, training=base.training)
+        self._modules.update({"base": base, label: own})
+        if not base.training:
+            own.eval()
 
     @property
     def own(self) -> nn.Module:
@@ -91,9 +93,11 @@ class Graft(nn.Module):
 class WeightGraft(Graft):
     """A linear operation with a weight method at it."""
 
+    site: Site
+
     def __init__(self, base: nn.Module, site: Site, label: str, theta: Theta) -> None:
         super().__init__(base, label, theta)
-        self.site = site
+        self.__dict__["site"] = site
 
     @property
     def method(self) -> WeightMethod:

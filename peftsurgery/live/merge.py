@@ -14,7 +14,7 @@ from peftsurgery.events import Listener, ignore
 from peftsurgery.fold import folded, touches
 from peftsurgery.live.chart import chart
 from peftsurgery.live.grafts import clone
-from peftsurgery.live.sites import aliases, sites, ties, walk
+from peftsurgery.live.sites import everywhere, sites, ties, walk
 from peftsurgery.live.swap import swap, tie_config
 from peftsurgery.ties import settle
 
@@ -74,11 +74,9 @@ def _assign(model: nn.Module, values: Mapping[str, nn.Parameter]) -> dict[str, n
     for name, value in values.items():
         place, _, leaf = name.rpartition(".")
         by_module[place][leaf] = value
-    modules, others = dict(walk(model)), aliases(model)
-    clones = {place: clone(modules[place], leaves) for place, leaves in by_module.items()}
-    return swap(
-        model, {other: twin for place, twin in clones.items() for other in others.get(place, (place,))}
-    )
+    walked = list(walk(model))
+    modules = dict(walked)
+    return swap(model, everywhere({n: clone(modules[n], own) for n, own in by_module.items()}, walked))
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

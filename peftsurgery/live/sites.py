@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -41,12 +41,10 @@ def sites(model: nn.Module) -> list[Site]:
     return found
 
 
-def aliases(model: nn.Module) -> dict[str, list[str]]:
-    """For each module that stands under several names, all of them by the first."""
-    names: dict[int, list[str]] = defaultdict(list)
-    for name, module in walk(model):
-        names[id(module)].append(name)
-    return {group[0]: group for group in names.values() if len(group) > 1}
+def everywhere(new: Mapping[str, nn.Module], walked: Sequence[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Each new module at every name that the one it replaces stands under."""
+    first = {id(module): name for name, module in reversed(walked)}
+    return {name: new[first[id(module)]] for name, module in walked if first[id(module)] in new}
 
 
 def ties(model: nn.Module) -> list[tuple[str, ...]]:

@@ -14,7 +14,7 @@ from peftsurgery.adapter import Adapter, check, rebased
 from peftsurgery.errors import AlreadyGrafted, MismatchedTensors, PlanError, UnclaimedSites, listing, nearest
 from peftsurgery.live.chart import Record, chart, enter, leave, record
 from peftsurgery.live.grafts import Graft, StandIn, Theta, WeightGraft
-from peftsurgery.live.sites import aliases, sites, walk
+from peftsurgery.live.sites import everywhere, sites, walk
 from peftsurgery.live.swap import require_grad, swap
 from peftsurgery.method import WeightMethod
 from peftsurgery.planning import Plan, Step
@@ -43,9 +43,8 @@ def fresh(
     """
     modules = dict(walk(model))
     meta = not real and any(modules[site.name].weight.is_meta for site in plan.sites[:1])
-    generator = None if seed is None or meta else torch.Generator().manual_seed(seed)
-    with torch.device("meta" if meta else "cpu"):
-        params = {step.site.name: step.method.init(step.site, None, generator) for step in plan.steps}
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    params = {s.site.name: _blank(s) if meta else s.method.init(s.site, None, generator) for s in plan.steps}
     base = getattr(getattr(model, "config", None), "name_or_path", None) or None
     return Adapter(plan, params, name, replaced=_copies(modules, plan), task_type=task_type, base=base)
 
@@ -61,17 +60,27 @@ def inject(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.
         UnclaimedSites, MismatchedTensors, NonFiniteWeight: the adapter does not fit; nothing was changed.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)} if adapter.replaced else ()
-    adapter, _ = rebased(check(adapter), sites(model), names)
-    modules = dict(walk(model))
+    own, _ = rebased(check(adapter), sites(model), names)
+    copied = {site: {name: p.clone() for name, p in params.items()} for site, params in own.params.items()}
+    return graft(model, replace(own, params=copied), trainable=trainable)
+
+
+def graft(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.Module:
+    """`inject` for an adapter that was made for this very model (`fresh`), whose tensors it takes over.
+
+    Raises:
+        AlreadyGrafted: an adapter of that name is on the model.
+    """
+    walked = list(walk(model))
+    modules = dict(walked)
     _check_name(model, adapter, modules)
     replaced = _by_module(adapter, modules)
     grafts = _grafts(adapter, replaced, modules, trainable)
-    base = {} if _worn(model) else {name: p for name, p in model.named_parameters() if p.requires_grad}
-    others = aliases(model)
-    swap(model, {other: graft for place, graft in grafts.items() for other in others.get(place, (place,))})
+    base = (
+        {} if chart(model).records else {name: p for name, p in model.named_parameters() if p.requires_grad}
+    )
+    swap(model, everywhere(grafts, walked))
     require_grad(base.values(), False)
-    for graft in grafts.values():
-        require_grad(_own(graft, adapter.name), trainable)
     new = Record(
         adapter.name,
         adapter.plan,
@@ -89,14 +98,15 @@ def remove(model: nn.Module, name: str) -> Adapter:
     Raises:
         PlanError: the model has no adapter of that name.
     """
-    adapter, modules, others = taken(model, name), dict(walk(model)), aliases(model)
+    adapter, walked = taken(model, name), list(walk(model))
+    modules = dict(walked)
     bare, inner = {}, []
     for place in record(model, name).places:
         bare[place], cuts = _without(modules[place], name)
         inner += cuts
-    swap(model, {other: module for place, module in bare.items() for other in others.get(place, (place,))})
-    for graft, below in inner:
-        swap(graft, {"base": below})
+    swap(model, everywhere(bare, walked))
+    for worn, below in inner:
+        swap(worn, {"base": below})
     thaw = set(leave(model, name))
     require_grad((p for full, p in model.named_parameters() if full in thaw), True)
     return adapter
@@ -123,16 +133,8 @@ def taken(model: nn.Module, name: str) -> Adapter:
     return Adapter(plan, params, name, replaced=replaced, task_type=entry.task_type, base=entry.base)
 
 
-def _worn(model: nn.Module) -> bool:
-    return bool(chart(model).records)
-
-
-def _own(graft: Graft, name: str) -> Iterable[nn.Parameter]:
-    for layer in _layers(graft, name):
-        if isinstance(layer, StandIn):
-            yield from (layer.own.get_parameter(leaf) for leaf in layer.replaces)
-        else:
-            yield from layer.own.parameters()
+def _blank(step: Step) -> dict[str, Tensor]:
+    return {name: torch.empty(shape, device="meta") for name, shape in step.method.shapes(step.site).items()}
 
 
 def _layers(module: nn.Module, name: str) -> Iterable[Graft]:
@@ -230,5 +232,5 @@ def _weight_graft(base: nn.Module, step: Step, adapter: Adapter, trainable: bool
     weight = base.weight
     assert isinstance(weight, Tensor)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    params = {k: p.to(weight.device, dtype, copy=True) for k, p in adapter.params[step.site.name].items()}
+    params = {k: p.to(weight.device, dtype) for k, p in adapter.params[step.site.name].items()}
     return WeightGraft(base, step.site, adapter.name, Theta(method, params, method.dropout, trainable))

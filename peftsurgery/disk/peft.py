@@ -1,0 +1,136 @@
+"""PEFT's adapter directory, both ways: `adapter_config.json` beside `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from peftsurgery.adapter import Adapter, check
+from peftsurgery.disk.peft_config import parse
+from peftsurgery.disk.peft_keys import heads, keyed, understood
+from peftsurgery.disk.peft_render import render
+from peftsurgery.errors import AdapterError, PlanError, TruncatedShard, UntrustedPickle, listing
+from peftsurgery.method import Method
+
+CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+HOLDS = f"An adapter is a directory that holds {CONFIG} and {TENSORS}."
+
+
+def read(
+    path: Path, methods: Mapping[str, type[Method]], *, name: str = "default", allow_pickle: bool = False
+) -> Adapter:
+    """The adapter in a directory that PEFT saved, every tensor accounted for; sites in natural order.
+
+    The layout and kind of a site are what the files let one know; `rebased` takes them from the base.
+
+    Args:
+        methods: the methods that may be found, by any key.
+        name: what the adapter will be called.
+        allow_pickle: read `adapter_model.bin` where there is no safetensors file, with `weights_only=True`.
+
+    Raises:
+        UnknownMethod: a method, or an option of one, that is not implemented.
+        MismatchedTensors: missing, unexpected or misshapen tensors.
+        NonFiniteWeight: a NaN or an infinity.
+        UntrustedPickle: only a pickle is there, and it was not asked for.
+        TruncatedShard: the tensor file is shorter, or stranger, than its header says.
+        AdapterError: anything else that keeps the directory from being understood.
+    """
+    try:
+        config = parse(_json(path), methods)
+        return check(understood(config, _tensors(path, allow_pickle), name))
+    except (PlanError, OverflowError) as error:
+        raise AdapterError(f"{path / CONFIG} says what no adapter means: {error}") from error
+    except OSError as error:
+        raise AdapterError(
+            f"{error.filename or path} cannot be read: {error.strerror}. Check the path."
+        ) from error
+
+
+def write(adapter: Adapter, directory: Path) -> None:
+    """Write the adapter's two files into an existing directory, flushed to the disk.
+
+    What PEFT cannot say in the words of the plan's query is said with the full names of the sites.
+
+    Raises:
+        AdapterError: it cannot be said in PEFT's format, or its tensors have no values.
+        MismatchedTensors, NonFiniteWeight: it is not whole.
+    """
+    check(adapter)
+    if adapter.shared:
+        raise AdapterError(
+            f"{listing(tuple(adapter.shared))}: PEFT's format has no place for shared parameters here."
+        )
+    if any(tensor.is_meta for _, tensor in adapter.tensors()):
+        raise AdapterError(
+            f"Adapter {adapter.name!r} is on the meta device and has no values. Load or train it first."
+        )
+    config = json.dumps(render(adapter, heads(adapter)), indent=2, sort_keys=True)
+    _put(directory / TENSORS, save(keyed(adapter), metadata={"format": "pt"}))
+    _put(directory / CONFIG, f"{config}\n".encode())
+
+
+def _json(path: Path) -> Mapping[str, object]:
+    if not path.is_dir():
+        raise AdapterError(f"{path} is no directory. {HOLDS}")
+    if not (path / CONFIG).exists():
+        model = " (it holds a model)" if (path / "config.json").exists() else ""
+        raise AdapterError(f"{path} holds no {CONFIG}{model}. {HOLDS}")
+    try:
+        raw = json.loads((path / CONFIG).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path / CONFIG} is no JSON ({error}). Save or download it again.") from None
+    if not isinstance(raw, dict):
+        raise AdapterError(f"{path / CONFIG} holds no JSON object. Save or download it again.")
+    return raw
+
+
+def _tensors(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    if (path / TENSORS).exists():
+        return _safetensors(path / TENSORS)
+    if not (path / PICKLE).exists():
+        raise AdapterError(f"{path} holds {CONFIG} but no {TENSORS}. Save or download the adapter again.")
+    if allow_pickle:
+        return _unpickled(path / PICKLE)
+    raise UntrustedPickle(
+        f"{path} holds its tensors as a pickle ({PICKLE}), which can carry code. If you trust who made it, "
+        "read it with `--allow-pickle` (`allow_pickle=True`), or have it saved as safetensors."
+    )
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    """Copies, so that nothing later hangs on the file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
+    except SafetensorError as error:
+        raise TruncatedShard(f"{path} is no whole safetensors file ({error}). Download it again.") from None
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UntrustedPickle(
+            f"{path} holds more than tensors and was not read. Save it as safetensors."
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise TruncatedShard(f"{path} is no whole file ({error!s:.80}). Download it again.") from None
+    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise AdapterError(f"{path} holds no mapping of names to tensors. Save the adapter again.")
+    return found
+
+
+def _put(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

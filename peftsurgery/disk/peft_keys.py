@@ -1,0 +1,226 @@
+"""PEFT's tensor keys: `base_model.model.<site>.<parameter>`, and tensors that replace the base's whole.
+
+A site is told from the tensors alone: the method says where it repeats a size of the site, and the
+tensors say how large that size is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from peftsurgery.adapter import Adapter
+from peftsurgery.disk.peft_config import Config
+from peftsurgery.errors import MismatchedTensors, listing, nearest
+from peftsurgery.method import Method, Params
+from peftsurgery.planning import Plan, Step, by_pattern
+from peftsurgery.select import chosen, key_matches
+from peftsurgery.site import Kind, Layout, Site
+
+PREFIX = "base_model.model."
+BASE = ".base_layer."
+COPY = ".modules_to_save."
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""Modules that PEFT saves whole when the vocabulary was resized, without a word in the configuration."""
+SIZES = (1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081)
+"""The sizes of a probing site: primes that no hyper-parameter equals."""
+PROBES = ((Kind.LINEAR, 2), (Kind.EMBEDDING, 2), (Kind.CONV, 3), (Kind.CONV, 4), (Kind.CONV, 5))
+
+
+def understood(config: Config, tensors: Mapping[str, Tensor], name: str) -> Adapter:
+    """The adapter that these tensors make under this configuration.
+
+    Raises:
+        MismatchedTensors: tensors are missing, unexpected or not selected by the configuration's words.
+        PlanError: a pattern or a value that means nothing.
+    """
+    params, rest = _divided(tensors, config.method)
+    sites = [_site(site, config, params[site]) for site in sorted(params, key=_natural)]
+    whole = {key: tensor for key, tensor in rest.items() if _is_announced(key, config, params)}
+    _check_keys(sites, config.method, tensors, whole)
+    hits = _hits(sites, config)
+    names = [site.name for site in sites]
+    refine = by_pattern(sites, **{field: _used(keys, names) for field, keys in config.patterns.items()})
+    steps = tuple(Step(site, refine(site, config.method)) for site in sites)
+    return Adapter(
+        Plan(steps, config.query, config.modules_to_save, config.bias, hits),
+        {site.name: {word: params[site.name][word] for word in config.method.shapes(site)} for site in sites},
+        name,
+        replaced=_replaced(whole, name),
+        task_type=config.task_type,
+        base=config.base,
+    )
+
+
+def keyed(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tensors under PEFT's keys: on the CPU, contiguous, each with its own memory."""
+    sites = {site.name for site in adapter.plan.sites}
+    own = {
+        f"{PREFIX}{site}.{word}": t for site, params in adapter.params.items() for word, t in params.items()
+    }
+    whole = {f"{PREFIX}{_stored(name, sites)}": tensor for name, tensor in adapter.replaced.items()}
+    return {
+        key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in (own | whole).items()
+    }
+
+
+def heads(adapter: Adapter) -> tuple[str, ...]:
+    """`modules_to_save` as the file needs it: the plan's, and the modules of whatever else is whole."""
+    plan, sites = adapter.plan, {site.name for site in adapter.plan.sites}
+    others = [
+        name for name in adapter.replaced if not _is_known(name, plan.modules_to_save, plan.bias, sites)
+    ]
+    return tuple(dict.fromkeys([*plan.modules_to_save, *(name.rpartition(".")[0] for name in others)]))
+
+
+def _stored(name: str, sites: Collection[str]) -> str:
+    module, _, leaf = name.rpartition(".")
+    return f"{module}{BASE}{leaf}" if module in sites else name
+
+
+def _plain(key: str, name: str = "default") -> str:
+    """The name of a whole tensor in the model, without what PEFT's wrappers put into it."""
+    full = key.removeprefix(PREFIX).replace(BASE, ".")
+    return re.sub(rf"{re.escape(COPY)}(?:{re.escape(name)}\.|default\.)?", ".", full)
+
+
+def _divided(
+    tensors: Mapping[str, Tensor], method: Method
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """The method's parameters by site, and all other tensors by key."""
+    words = sorted({f".{word}" for probe in _probes("", method) for word in method.shapes(probe)})
+    params: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    rest = {}
+    for key, tensor in tensors.items():
+        word = next((word for word in words if key.endswith(word)), None)
+        if word is None or not key.startswith(PREFIX):
+            rest[key] = tensor
+        else:
+            params[key.removeprefix(PREFIX).removesuffix(word)][word[1:]] = tensor
+    return dict(params), rest
+
+
+def _probes(name: str, method: Method, layout: Layout = Layout.OUT_IN) -> list[Site]:
+    """Sites of every kind that the method can stand at, with sizes that are told apart."""
+    layouts = {Kind.LINEAR: layout, Kind.EMBEDDING: Layout.IN_OUT, Kind.CONV: Layout.OUT_IN}
+    return [Site(name, kind, SIZES[:dims], layouts[kind]) for kind, dims in PROBES if kind in method.kinds]
+
+
+def _site(name: str, config: Config, params: Params) -> Site:
+    """The site that takes these parameters; a size that the method never repeats is 1."""
+
+    def likeness(probe: Site) -> tuple[int, int]:
+        shapes = config.method.shapes(probe)
+        shared = shapes.keys() & params.keys()
+        return len(shared), sum(len(shapes[word]) == params[word].ndim for word in shared)
+
+    probe = max(_probes(name, config.method, config.layout), key=likeness)
+    sizes = {
+        marked: size
+        for word, shape in config.method.shapes(probe).items()
+        for marked, size in zip(shape, params[word].shape if word in params else (), strict=False)
+    }
+    return replace(probe, shape=tuple(sizes.get(size, 1) for size in probe.shape))
+
+
+def _natural(name: str) -> list[str | int]:
+    """A sorting key that puts `layer.2` before `layer.10`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
+
+
+def _is_announced(key: str, config: Config, sites: Collection[str]) -> bool:
+    """Whether the configuration announces a whole tensor under this key."""
+    name = _plain(key)
+    module, _, leaf = name.rpartition(".")
+    inside = any(name.startswith(f"{site}.") for site in _above(module) if site in sites)
+    if not key.startswith(PREFIX) or inside:
+        return False
+    based = BASE in key and module in sites and leaf in ("weight", "bias")
+    return based or _is_known(name, config.modules_to_save, config.bias, sites)
+
+
+def _above(module: str) -> Iterable[str]:
+    parts = module.split(".")
+    return (".".join(parts[:depth]) for depth in range(1, len(parts)))
+
+
+def _is_known(name: str, modules_to_save: Iterable[str], bias: str, sites: Collection[str]) -> bool:
+    """Whether PEFT reads a whole tensor of that name; `modules_to_save` holds mere ends of names."""
+    module, _, leaf = name.rpartition(".")
+    trained = leaf == "bias" and (bias == "all" or (bias == "lora_only" and module in sites))
+    saved = leaf == "weight" and module.rpartition(".")[2] in EMBEDDINGS
+    return trained or saved or any(f"{head}." in name for head in modules_to_save)
+
+
+def _replaced(whole: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Whole tensors by their names in the model.
+
+    With `bias="all"` PEFT writes a head's bias under several keys, and the untrained original too.
+    """
+    found: dict[str, Tensor] = {}
+    for key in sorted(whole, key=_natural):
+        plain = _plain(key, name)
+        if ".original_module." in plain:
+            continue
+        if plain in found and not torch.equal(found[plain], whole[key]):
+            raise MismatchedTensors(
+                f"The adapter's file holds {plain!r} twice, with different values. Save the adapter again.",
+                unexpected=[key],
+            )
+        found[plain] = whole[key]
+    return found
+
+
+def _used(keys: Mapping[str, object], names: Sequence[str]) -> dict[str, object]:
+    """The patterns that mean a site of the file; PEFT leaves idle ones in its configuration."""
+    return {key: value for key, value in keys.items() if any(key_matches(key, name) for name in names)}
+
+
+def _hits(sites: Sequence[Site], config: Config) -> dict[str, int]:
+    """How many sites each word of the configuration selects, when together they select all."""
+    if config.query is None:
+        return {}
+    selection = chosen(sites, config.query)
+    stray = [site.name for site in sites if site not in set(selection.sites)]
+    if stray:
+        raise MismatchedTensors(
+            f"The adapter's file holds tensors for {listing(stray)}, which the words of its configuration "
+            f"({listing(tuple(selection.hits))}) do not select. The two files are not of one adapter.",
+            unexpected=stray,
+        )
+    return {word: len(names) for word, names in selection.hits.items()}
+
+
+def _check_keys(
+    sites: Iterable[Site], method: Method, tensors: Mapping[str, Tensor], whole: Collection[str]
+) -> None:
+    expected = {f"{PREFIX}{site.name}.{word}" for site in sites for word in method.shapes(site)}
+    missing = sorted(expected - tensors.keys(), key=_natural)
+    unexpected = sorted(tensors.keys() - expected - set(whole), key=_natural)
+    if not missing and not unexpected and expected:
+        return
+    lacks = f"lacks {listing(missing)}" if missing else ""
+    holds = f"holds {listing(unexpected)}, which its configuration does not announce" if unexpected else ""
+    fact = " and ".join(filter(None, (lacks, holds))) or f"holds no tensor of {method.peft_type}"
+    near = listing(nearest(unexpected[0], expected)) if unexpected else ""
+    raise MismatchedTensors(
+        f"The adapter's file {fact}. {f'Nearest: {near}. ' if near else ''}{_remedy(unexpected, method)}",
+        missing=missing,
+        unexpected=unexpected,
+    )
+
+
+def _remedy(unexpected: Iterable[str], method: Method) -> str:
+    words = {word.partition(".")[::2] for probe in _probes("", method) for word in method.shapes(probe)}
+    named = [rf"\.{root}\.[^.]+" + (rf"\.{leaf}$" if leaf else "$") for root, leaf in words]
+    if any(re.search(pattern, key) for key in unexpected for pattern in named):
+        return (
+            "Its keys carry an adapter's name, as in a checkpoint that was saved with its tuner: "
+            "`peftsurgery remove CHECKPOINT -o CLEAN --adapter-out DIR` takes the two apart."
+        )
+    return "Save or download the adapter again; modules that were trained whole belong in `modules_to_save`."
