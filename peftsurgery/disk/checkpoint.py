@@ -18,7 +18,9 @@ from peftsurgery.site import Kind, Layout, Site
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-EMBEDDING = re.compile(r"(.*_)?embed(ding|dings|s)?(_tokens|_positions|_in)?|wte|wpe|shared|relative_attention_bias")
+EMBEDDING = re.compile(
+    r"(.*_)?embed(ding|dings|s)?(_tokens|_positions|_in)?|wte|wpe|shared|relative_attention_bias"
+)
 """What modules are called that look a row up; a header does not say it."""
 
 
@@ -123,7 +125,11 @@ def _read_index(file: Path) -> tuple[dict[str, list[str]], dict[str, object]]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({error!s:.80}). Download or save it again.") from error
     places = said.get("weight_map") if isinstance(said, dict) else None
-    if not isinstance(places, dict) or not places or not all(isinstance(place, str) for place in places.values()):
+    if (
+        not isinstance(places, dict)
+        or not places
+        or not all(isinstance(place, str) for place in places.values())
+    ):
         raise CheckpointError(f"{file} has no `weight_map` of tensors to files. Download or save it again.")
     named: dict[str, list[str]] = defaultdict(list)
     for name, place in places.items():
@@ -136,7 +142,14 @@ def _check_inside(file: str) -> None:
     """Refuse a name that leaves the directory; links inside it (a hub cache's) are the owner's business."""
     posix, windows = PurePosixPath(file), PureWindowsPath(file)
     parts = {*posix.parts, *windows.parts}
-    if not posix.parts or posix.is_absolute() or windows.anchor or ".." in parts or "\\" in file or "\0" in file:
+    if (
+        not posix.parts
+        or posix.is_absolute()
+        or windows.anchor
+        or ".." in parts
+        or "\\" in file
+        or "\0" in file
+    ):
         raise UnsafePath(
             f"{INDEX} names the file {file!r}, which lies outside the model's directory. "
             "Do not trust this model; nothing was read from there."

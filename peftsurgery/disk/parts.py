@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from peftsurgery.disk.checkpoint import INDEX, Checkpoint, Stored
+from peftsurgery.disk.checkpoint import INDEX, Checkpoint, Shard, Stored, load
 from peftsurgery.disk.writer import Entry, write_json, write_safetensors
 from peftsurgery.errors import CheckpointError
 from peftsurgery.events import Event, Listener
@@ -57,7 +56,9 @@ def outline(
     Raises:
         CheckpointError: two tensors would get the same name.
     """
-    parts = [part for shard in checkpoint.shards if (part := _part(checkpoint.path, shard, rename, dtype)).entries]
+    parts = [
+        part for shard in checkpoint.shards if (part := _part(checkpoint.path, shard, rename, dtype)).entries
+    ]
     if added and parts:
         parts[-1] = replace(parts[-1], entries=(*parts[-1].entries, *added))
     _check_unique(entry.name for part in parts for entry in part.entries)
@@ -79,7 +80,6 @@ def write_parts(
     entries = [entry for part in parts for entry in part.entries]
     coming = _told(tensors, len(entries), listen)
     for part in parts:
-        (directory / part.file).parent.mkdir(parents=True, exist_ok=True)
         write_safetensors(directory / part.file, part.entries, coming, part.metadata)
     if (extra := next(coming, None)) is not None:  # it also lets the stream say what it has missed
         raise CheckpointError(f"{extra[0]!r} came and was not announced. Nothing was kept.")
@@ -89,3 +89,50 @@ def write_parts(
         write_json(directory / INDEX, _index(parts, index, nbytes))
         files.append(INDEX)
     return Written(tuple(files), nbytes, len(entries))
+
+
+def staying(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
+    """What stays from the base, one tensor at a time, under its new name."""
+    for part in parts:
+        for entry, source in zip(part.entries, part.sources, strict=False):
+            yield entry.name, load(source)
+
+
+def _part(root: Path, shard: Shard, rename: Callable[[str], str | None], dtype: torch.dtype | None) -> Part:
+    kept = [(name, stored) for stored in shard.tensors if (name := rename(stored.name)) is not None]
+    entries = tuple(
+        Entry(name, written_dtype(stored.torch_dtype, dtype), stored.shape) for name, stored in kept
+    )
+    file = shard.file.relative_to(root).as_posix()
+    return Part(file, tuple(stored for _, stored in kept), entries, {**shard.metadata, "format": "pt"})
+
+
+def written_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
+    """What a tensor of `dtype` is written as: only floating ones change."""
+    return wanted if wanted is not None and dtype.is_floating_point else dtype
+
+
+def _check_unique(names: Iterable[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise CheckpointError(
+                f"Two tensors of the base would both be called {name!r}. Nothing was written."
+            )
+        seen.add(name)
+
+
+def _told(
+    tensors: Iterable[tuple[str, Tensor]], total: int, listen: Listener
+) -> Iterator[tuple[str, Tensor]]:
+    for done, (name, tensor) in enumerate(tensors, 1):
+        listen(Event("write", name, done, total, tensor.nbytes))
+        yield name, tensor
+
+
+def _index(parts: Sequence[Part], metadata: Mapping[str, object], nbytes: int) -> dict[str, object]:
+    said = {**metadata, "total_size": nbytes}
+    if "total_parameters" in metadata:
+        said["total_parameters"] = sum(entry.numel for part in parts for entry in part.entries)
+    places = {entry.name: part.file for part in parts for entry in part.entries}
+    return {"metadata": said, "weight_map": dict(sorted(places.items()))}

@@ -186,7 +186,8 @@ def _hits(sites: Sequence[Site], config: Config) -> dict[str, int]:
     if config.query is None:
         return {}
     selection = chosen(sites, config.query)
-    stray = [site.name for site in sites if site not in set(selection.sites)]
+    selected = set(selection.sites)
+    stray = [site.name for site in sites if site not in selected]
     if stray:
         raise MismatchedTensors(
             f"The adapter's file holds tensors for {listing(stray)}, which the words of its configuration "

@@ -91,7 +91,9 @@ def read_shard(file: Path) -> Shard:
         size = file.stat().st_size
         header, offset = _header(file, size)
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}. Check the file and its rights.") from error
+        raise CheckpointError(
+            f"{file} cannot be read: {error.strerror}. Check the file and its rights."
+        ) from error
     metadata = _metadata(file, header.pop("__metadata__", {}))
     tensors = [_stored(file, name, said, offset) for name, said in header.items()]
     tensors.sort(key=lambda stored: (stored.start, stored.stop))
@@ -115,7 +117,9 @@ def load(stored: Stored) -> Tensor:
         with stored.file.open("rb") as handle:
             pages = mmap.mmap(handle.fileno(), stored.stop - first, offset=first, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
-        raise TruncatedShard(f"{stored.file} changed while it was being read ({error}). Run again.") from error
+        raise TruncatedShard(
+            f"{stored.file} changed while it was being read ({error}). Run again."
+        ) from error
     raw = torch.frombuffer(pages, dtype=torch.uint8, offset=stored.start - first)
     aligned = raw if stored.start % dtype.itemsize == 0 else raw.clone()
     return aligned.view(dtype).reshape(stored.shape)
@@ -131,7 +135,9 @@ def _header(file: Path, size: int) -> tuple[dict[str, object], int]:
         if len(prefix) < PREFIX or length > size - PREFIX:
             _strange(file, f"is {size} bytes long and announces a header of {length}")
         if length > LONGEST_HEADER:
-            _strange(file, f"announces a header of {length} bytes, and {LONGEST_HEADER} are the most there may be")
+            _strange(
+                file, f"announces a header of {length} bytes, and {LONGEST_HEADER} are the most there may be"
+            )
         raw = handle.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_unique)

@@ -84,6 +84,7 @@ def write_safetensors(
     """
     coming = iter(tensors)
     with _writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
         handle = FileIO(file, "xb")
     with handle:
         _put(handle, _header(entries, metadata))
@@ -131,7 +132,9 @@ def _check_free(final: Path, out: Path) -> None:
     if not final.exists():
         return
     if not final.is_dir():
-        raise CheckpointError(f"{out} is a file. Name a directory that does not exist yet; nothing was written.")
+        raise CheckpointError(
+            f"{out} is a file. Name a directory that does not exist yet; nothing was written."
+        )
     with _writing(out):
         held = next(final.iterdir(), None)
     if held is not None:

@@ -15,7 +15,8 @@ SETTINGS: dict[str, list[Method]] = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "subject" in metafunc.fixturenames:
+    own = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    if "subject" in metafunc.fixturenames and "subject" not in own:
         metafunc.parametrize("subject", SUBJECTS, ids=str)
     if "method" in metafunc.fixturenames:
         methods = [method for name in ps.METHODS for method in SETTINGS[name]]

@@ -1,0 +1,204 @@
+"""Folding adapters into a checkpoint, streamed: one tensor in memory at a time, the same files with the same names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peftsurgery.adapter import Adapter
+from peftsurgery.disk.checkpoint import Checkpoint, Stored, load
+from peftsurgery.disk.parts import outline, staying, write_parts, written_dtype
+from peftsurgery.disk.writer import Entry
+from peftsurgery.errors import (
+    CheckpointError,
+    MismatchedTensors,
+    UnclaimedSites,
+    UnsupportedSite,
+    listing,
+    nearest,
+)
+from peftsurgery.events import Listener, ignore
+from peftsurgery.fold import folded, touches
+from peftsurgery.method import WeightMethod
+
+PLAIN = ("F64", "F32", "F16", "BF16")
+"""The dtypes that hold a weight's own value, so that adding to it means something."""
+QUANTISED = (
+    "qweight",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight.absmax",
+    "weight.quant_map",
+    "SCB",
+    "_weight_qdata",
+)
+"""What stands beside, or instead of, a quantised weight: GPTQ and AWQ, compressed-tensors, FP8, bitsandbytes, torchao."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a merge wrote.
+
+    Args:
+        folded: the tensors of the base that the adapters changed, by their names in the output.
+        added: the tensors that the base did not hold: heads, and twins that are tied no longer.
+        files: the weight files, and the index where there is one.
+        nbytes: the size of all tensors.
+    """
+
+    folded: tuple[str, ...]
+    added: tuple[str, ...]
+    files: tuple[str, ...]
+    nbytes: int
+    num_tensors: int
+
+
+def identity(name: str) -> str:
+    """The renaming that renames nothing."""
+    return name
+
+
+def merge(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    directory: Path,
+    *,
+    rename: Callable[[str], str] = identity,
+    twins: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    listen: Listener = ignore,
+) -> Merged:
+    """Write `checkpoint` with every adapter folded into it, into an existing empty `directory`.
+
+    Files, their tensors' order and their metadata stay. Folding is done in float32 and rounded once. What an
+    adapter replaces and the base lacks (a fresh head) is added to the last file, in the base's dtype.
+
+    Args:
+        adapters: in the names of the output, fitted to it.
+        rename: from the checkpoint's names to the output's.
+        twins: tensors to add because they are tied no longer → those whose value they have, in output names.
+        dtype: of every floating tensor of the output; its own by default.
+        device: where folding is computed.
+
+    Raises:
+        UnclaimedSites: a tensor that the adapters change is not there (before anything is written).
+        UnsupportedSite: such a tensor is quantised (likewise).
+        MismatchedTensors: or has another shape (likewise).
+        NonFiniteWeight: folding gave a NaN or an infinity.
+        CheckpointError: a file cannot be written.
+    """
+    present = {rename(name): stored for name, stored in checkpoint.tensors.items()}
+    copies = _copies(present, twins or {})
+    heads = _heads(present | copies, adapters, _main_dtype(checkpoint))
+    _check(present | copies, heads, adapters, casts=dtype is not None)
+    added = [Entry(n, written_dtype(s.torch_dtype, dtype), s.shape) for n, s in copies.items()]
+    added += [Entry(n, written_dtype(t.dtype, dtype), tuple(t.shape)) for n, t in heads.items()]
+    parts = outline(checkpoint, rename, dtype=dtype, added=added)
+    tensors = chain(staying(parts), _loaded(copies), heads.items())
+    changed = folded(tensors, *adapters, device=device, dtype=dtype, listen=listen)
+    done = write_parts(directory, parts, changed, checkpoint.index, listen)
+    names = tuple(entry.name for entry in added)
+    found = tuple(name for name in touches(*adapters) if name not in heads)
+    return Merged(found, names, done.files, done.nbytes, done.num_tensors)
+
+
+def _loaded(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    for name, stored in tensors.items():
+        yield name, load(stored)
+
+
+def _copies(present: Mapping[str, Stored], twins: Mapping[str, str]) -> dict[str, Stored]:
+    """The tensors that the output holds by themselves from now on, each with what it was tied to."""
+    for twin, holder in twins.items():
+        if holder not in present or twin in present:
+            raise CheckpointError(
+                f"{twin!r} cannot be untied from {holder!r}: the base must hold the second and not the first. "
+                "Nothing was written."
+            )
+    return {twin: present[holder] for twin, holder in twins.items()}
+
+
+def _heads(present: Collection[str], adapters: Sequence[Adapter], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the adapters replace and the base lacks; the last adapter's word counts, as in folding."""
+    brought = {name: value.detach() for adapter in adapters for name, value in adapter.replaced.items()}
+    lacking = {name: value for name, value in brought.items() if name not in present}
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in lacking.items()}
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating dtype in which most of the checkpoint is stored."""
+    sizes: Counter[torch.dtype] = Counter()
+    for stored in checkpoint.tensors.values():
+        if stored.dtype in PLAIN:
+            sizes[stored.torch_dtype] += stored.nbytes
+    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+
+def _check(
+    present: Mapping[str, Stored], heads: Mapping[str, Tensor], adapters: Sequence[Adapter], *, casts: bool
+) -> None:
+    """Refuse, before anything is written, what folding would stumble over or get wrong."""
+    expected = list(_expected(adapters))
+    _check_plain([name for name, _, floating in expected if floating], present, casts=casts)
+    _check_claimed([name for name in touches(*adapters) if name not in heads], present)
+    for name, shape, _ in expected:
+        found = present[name].shape if name in present else tuple(heads[name].shape)
+        if found != shape:
+            raise MismatchedTensors(
+                f"{name!r} is {found} in the base and the adapter expects {shape}. "
+                "Take the base that the adapter was trained on; nothing was written.",
+                unexpected=[name],
+            )
+
+
+def _expected(adapters: Sequence[Adapter]) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Every tensor that the adapters change: its name, the shape it must have, whether its numbers must be real."""
+    for adapter in adapters:
+        for step in adapter.plan.steps:
+            yield step.site.weight, step.site.shape, True
+            if isinstance(step.method, WeightMethod) and step.method.moves_bias:
+                yield step.site.bias, (step.site.matrix_shape[0],), True
+        for name, value in adapter.replaced.items():
+            yield name, tuple(value.shape), value.is_floating_point()
+
+
+def _check_plain(touched: Sequence[str], present: Mapping[str, Stored], *, casts: bool) -> None:
+    """Refuse to fold into, or to cast, numbers that mean nothing without their scales."""
+    suffixes = tuple(f".{word}" for word in QUANTISED)
+    packed = {name.removesuffix(s): name for name in present for s in suffixes if name.endswith(s)}
+    for name in touched:
+        site = name.rpartition(".")[0]
+        if site in packed or (name in present and present[name].dtype not in PLAIN):
+            raise _quantised(name, packed.get(site, name), present)
+    if casts and packed:
+        site, witness = next(iter(packed.items()))
+        raise _quantised(f"{site}.weight", witness, present)
+
+
+def _quantised(name: str, witness: str, present: Mapping[str, Stored]) -> UnsupportedSite:
+    return UnsupportedSite(
+        f"{name!r} is quantised in the base ({witness!r} is {present[witness].dtype}), and its stored numbers are "
+        "not its values. Merge into the unquantised base and quantise the result; nothing was written.",
+        site=name.rpartition(".")[0],
+    )
+
+
+def _check_claimed(touched: Sequence[str], present: Mapping[str, Stored]) -> None:
+    lost = [name for name in touched if name not in present]
+    if lost:
+        near = nearest(lost[0], present)
+        raise UnclaimedSites(
+            f"The base lacks {len(lost)} of the {len(touched)} tensors that the adapter changes: {listing(lost)}. "
+            f"Nearest there: {listing(near) or 'nothing'}. Take the base that the adapter was trained on; "
+            "nothing was written.",
+            sites=lost,
+            nearest=near,
+        )
