@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from peftsurgery import __version__
-from peftsurgery.errors import PlanError, SurgeryError
+from peftsurgery.errors import SurgeryError
 
 EXIT_FAILED = 1
 
@@ -65,6 +65,32 @@ def word_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--dropout", "lora_dropout", type=float, help="lora_dropout."),
+        click.option("--alpha", "lora_alpha", type=float, help="lora_alpha."),
+        click.option("--r", "--rank", type=int, help="Rank (r)."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter, e.g. r=16."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def chosen_method(options: dict[str, Any]) -> Callable[[], Any]:
+    """Take what says a method out of a command's options; called, it makes the method."""
+    common = {name: options.pop(name) for name in ("r", "lora_alpha", "lora_dropout")}
+    settings, word = options.pop("settings"), options.pop("method")
+
+    def make() -> Any:
+        from peftsurgery.commands.words import method_named
+
+        return method_named(word, settings, common)
+
+    return make
+
+
 def run(shown: Mapping[str, Any], call: Callable[..., Any]) -> None:
     """Call a command with a progress bar, show its report, and turn its errors into exit codes."""
     from peftsurgery.progress import bars
@@ -110,12 +136,7 @@ def inspect_command(**options: Any) -> None:
 @click.argument("model")
 @click.option("--method", default="lora", show_default=True, help="The method, e.g. lora.")
 @word_options
-@click.option(
-    "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter, e.g. r=16. Repeatable."
-)
-@click.option("--r", "--rank", type=int, help="Rank (r).")
-@click.option("--alpha", "lora_alpha", type=float, help="lora_alpha.")
-@click.option("--dropout", "lora_dropout", type=float, help="lora_dropout.")
+@setting_options
 @click.option(
     "--rank-pattern", multiple=True, metavar="KEY=R", help="Another r for names that match KEY. Repeatable."
 )
@@ -140,17 +161,14 @@ def inspect_command(**options: Any) -> None:
 def inject_command(**options: Any) -> None:
     """Write a fresh adapter for MODEL, which PEFT and peftsurgery load and train."""
     from peftsurgery.commands.inject import inject
-    from peftsurgery.commands.words import method_named, numbers
+    from peftsurgery.commands.words import numbers
 
-    flags = shown(options)
-    common = {name: options.pop(name) for name in ("r", "lora_alpha", "lora_dropout")}
-    settings, word = options.pop("settings"), options.pop("method")
-    modules = options.pop("modules_to_save") or None
-    for pattern in ("rank_pattern", "alpha_pattern"):
-        options[pattern] = numbers(options[pattern])
+    flags, method = shown(options), chosen_method(options)
+    options["modules_to_save"] = options["modules_to_save"] or None
 
-    def call(listen: object) -> object:
-        return inject(method=method_named(word, settings, common), modules_to_save=modules, **options)
+    def call(listen: object) -> Any:
+        patterns = {name: numbers(options.pop(name)) for name in ("rank_pattern", "alpha_pattern")}
+        return inject(method=method(), **patterns, **options)
 
     run(flags, call)
 
@@ -160,13 +178,15 @@ def inject_command(**options: Any) -> None:
 @click.option("-o", "--out", type=click.Path(), help="The directory for the clean base.")
 @click.option("--adapter-out", type=click.Path(), help="The directory for the adapter.")
 @click.option("--name", help="Which adapter, where there are several.")
+@click.option("--method", default="lora", show_default=True, help="What the adapter is.")
+@setting_options
 @report_options
 def remove_command(**options: Any) -> None:
     """Take the tuner modules out of a checkpoint that was saved with them inside."""
     from peftsurgery.commands.remove import remove
 
-    flags = shown(options)
-    run(flags, lambda listen: remove(listen=listen, **options))
+    flags, method = shown(options), chosen_method(options)
+    run(flags, lambda listen: remove(listen=listen, method=method(), **options))
 
 
 @main.command("merge")
@@ -234,6 +254,3 @@ def verify_command(**options: Any) -> None:
 
     flags = shown(options)
     run(flags, lambda listen: verify(listen=listen, **options))
-
-
-__all__ = ["PlanError", "main"]

@@ -181,7 +181,9 @@ def _report(
         "parity": None if parity is None else parity.to_dict(),
     }
     table = parity_table(parity) if parity is not None else ()
-    headline = "Exported; not compared with torch." if parity is None else f"Exported, and verified: {parity}."
+    headline = (
+        "Exported; not compared with torch." if parity is None else f"Exported, and verified: {parity}."
+    )
     return Report("export-onnx", headline, facts, table, hint=f"run {out}/model.onnx with ONNX Runtime")
 
 

@@ -1,11 +1,11 @@
-"""The safetensors checkpoint of a directory, told from its headers: no tensor is read until it is asked for."""
+"""The safetensors checkpoint of a directory, told from its headers: a tensor is read when it is asked for."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -106,16 +106,19 @@ def _indexed(path: Path) -> Checkpoint:
     for file in named:
         _check_inside(file)
     shards = tuple(_named_shard(path, file, names) for file, names in sorted(named.items()))
-    holders: dict[str, Shard] = {}
-    for shard in shards:
-        for stored in shard.tensors:
-            other = holders.setdefault(stored.name, shard)
-            if other is not shard:
-                raise CheckpointError(
-                    f"{stored.name!r} lies in both {other.file.name} and {shard.file.name}, so which one counts is not "
-                    "known. Save the model again; nothing was changed."
-                )
+    _check_once(stored for shard in shards for stored in shard.tensors)
     return Checkpoint(path, shards, metadata)
+
+
+def _check_once(tensors: Iterable[Stored]) -> None:
+    holders: dict[str, Stored] = {}
+    for stored in tensors:
+        other = holders.setdefault(stored.name, stored)
+        if other is not stored:
+            raise CheckpointError(
+                f"{stored.name!r} lies in both {other.file.name} and {stored.file.name}, so which one counts "
+                "is not known. Save the model again; nothing was changed."
+            )
 
 
 def _read_index(file: Path) -> tuple[dict[str, list[str]], dict[str, object]]:
@@ -159,7 +162,7 @@ def _check_inside(file: str) -> None:
 def _named_shard(path: Path, file: str, names: list[str]) -> Shard:
     if not (path / file).is_file():
         raise MissingShard(
-            f"{file} is not in {path}, and {INDEX} says that it holds {len(names)} tensors: {listing(names)}. "
+            f"{file} is not in {path}, and {INDEX} puts {len(names)} tensors there: {listing(names)}. "
             "Download the model again; nothing was changed."
         )
     shard = read_shard(path / file)
@@ -175,8 +178,8 @@ def _named_shard(path: Path, file: str, names: list[str]) -> Shard:
 def _remedy(path: Path) -> str:
     if any((path / name).is_file() for name in PICKLES):
         return (
-            "Its weights are a pickle, which can run code. If you trust who made it, convert it once: load it with its "
-            "own class of transformers and call `save_pretrained(OUT)`."
+            "Its weights are a pickle, which can run code. If you trust who made it, convert it once: load "
+            "it with its own class of transformers and call `save_pretrained(OUT)`."
         )
     if (path / "adapter_config.json").is_file():
         return "It holds an adapter; give the model that the adapter was trained on."

@@ -66,8 +66,8 @@ def dissect(names: Iterable[str]) -> Dissection:
         target[key] = stored
     if not adapters:
         raise CheckpointError(
-            "The checkpoint holds no tuner tensor (no `….base_layer.…`, no `….lora_A.…`): it is clean already. "
-            "Use it as it is."
+            "The checkpoint holds no tuner tensor (no `….base_layer.…`, no `….lora_A.…`): it is clean "
+            "already. Use it as it is."
         )
     return Dissection(base, dict(adapters))
 
@@ -96,7 +96,8 @@ def _parameter(name: str, wrapped: Collection[str]) -> tuple[str, str] | None:
     parts = name.split(".")
     deepest = next((at for at in range(len(parts) - 1, 0, -1) if ".".join(parts[:at]) in wrapped), 0)
     if deepest and parts[deepest] not in WRAPPED and len(parts) > deepest + 1:
-        return _keyed(".".join(parts[:deepest]), *parts[deepest : deepest + 2], parts[deepest + 2 :])
+        word, adapter, *rest = parts[deepest:]
+        return _keyed(".".join(parts[:deepest]), word, adapter, rest)
     found = TUNER.fullmatch(name)
     return found and _keyed(found["module"], found["word"], found["adapter"], found["rest"].split(".")[1:])
 

@@ -8,7 +8,7 @@ from peftsurgery.errors import CheckpointError
 
 
 def locate(model: str | Path) -> Path:
-    """The directory that `model` names: itself, or the snapshot of a hub id that is already in the local cache.
+    """The directory that `model` names: itself, or the snapshot of a hub id that is in the local cache.
 
     Raises:
         CheckpointError: it is neither; nothing is ever downloaded.

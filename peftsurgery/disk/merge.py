@@ -1,4 +1,4 @@
-"""Folding adapters into a checkpoint, streamed: one tensor in memory at a time, the same files with the same names."""
+"""Folding adapters into a checkpoint, streamed: one tensor in memory at a time, the same files again."""
 
 from __future__ import annotations
 
@@ -39,7 +39,10 @@ QUANTISED = (
     "SCB",
     "_weight_qdata",
 )
-"""What stands beside, or instead of, a quantised weight: GPTQ and AWQ, compressed-tensors, FP8, bitsandbytes, torchao."""
+"""What stands beside, or instead of, a quantised weight.
+
+GPTQ and AWQ, compressed-tensors, FP8, bitsandbytes, torchao.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +123,8 @@ def _copies(present: Mapping[str, Stored], twins: Mapping[str, str]) -> dict[str
     for twin, holder in twins.items():
         if holder not in present or twin in present:
             raise CheckpointError(
-                f"{twin!r} cannot be untied from {holder!r}: the base must hold the second and not the first. "
-                "Nothing was written."
+                f"{twin!r} cannot be untied from {holder!r}: the base must hold the second and not the "
+                "first. Nothing was written."
             )
     return {twin: present[holder] for twin, holder in twins.items()}
 
@@ -160,7 +163,7 @@ def _check(
 
 
 def _expected(adapters: Sequence[Adapter]) -> Iterator[tuple[str, tuple[int, ...], bool]]:
-    """Every tensor that the adapters change: its name, the shape it must have, whether its numbers must be real."""
+    """Every tensor that the adapters change: its name, its shape, whether its numbers are floating."""
     for adapter in adapters:
         for step in adapter.plan.steps:
             yield step.site.weight, step.site.shape, True
@@ -185,8 +188,9 @@ def _check_plain(touched: Sequence[str], present: Mapping[str, Stored], *, casts
 
 def _quantised(name: str, witness: str, present: Mapping[str, Stored]) -> UnsupportedSite:
     return UnsupportedSite(
-        f"{name!r} is quantised in the base ({witness!r} is {present[witness].dtype}), and its stored numbers are "
-        "not its values. Merge into the unquantised base and quantise the result; nothing was written.",
+        f"{name!r} is quantised in the base ({witness!r} is {present[witness].dtype}), and its "
+        "stored numbers are not its values. Merge into the unquantised base and quantise the result; "
+        "nothing was written.",
         site=name.rpartition(".")[0],
     )
 
@@ -196,9 +200,9 @@ def _check_claimed(touched: Sequence[str], present: Mapping[str, Stored]) -> Non
     if lost:
         near = nearest(lost[0], present)
         raise UnclaimedSites(
-            f"The base lacks {len(lost)} of the {len(touched)} tensors that the adapter changes: {listing(lost)}. "
-            f"Nearest there: {listing(near) or 'nothing'}. Take the base that the adapter was trained on; "
-            "nothing was written.",
+            f"The base lacks {len(lost)} of the {len(touched)} tensors that the adapter changes: "
+            f"{listing(lost)}. Nearest there: {listing(near) or 'nothing'}. Take the base that the "
+            "adapter was trained on; nothing was written.",
             sites=lost,
             nearest=near,
         )

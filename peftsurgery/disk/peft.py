@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from peftsurgery.adapter import Adapter, check
 from peftsurgery.disk.peft_config import parse
 from peftsurgery.disk.peft_keys import heads, keyed, understood
 from peftsurgery.disk.peft_render import render
+from peftsurgery.disk.shard import load, read_shard
+from peftsurgery.disk.writer import Entry, write_json, write_safetensors
 from peftsurgery.errors import AdapterError, PlanError, TruncatedShard, UntrustedPickle, listing
 from peftsurgery.method import Method
 
@@ -56,13 +55,14 @@ def read(
 
 
 def write(adapter: Adapter, directory: Path) -> None:
-    """Write the adapter's two files into an existing directory, flushed to the disk.
+    """Write the adapter's two files into a directory that `staged` gave.
 
     What PEFT cannot say in the words of the plan's query is said with the full names of the sites.
 
     Raises:
         AdapterError: it cannot be said in PEFT's format, or its tensors have no values.
         MismatchedTensors, NonFiniteWeight: it is not whole.
+        CheckpointError: a file cannot be written.
     """
     check(adapter)
     if adapter.shared:
@@ -73,9 +73,10 @@ def write(adapter: Adapter, directory: Path) -> None:
         raise AdapterError(
             f"Adapter {adapter.name!r} is on the meta device and has no values. Load or train it first."
         )
-    config = json.dumps(render(adapter, heads(adapter)), indent=2, sort_keys=True)
-    _put(directory / TENSORS, save(keyed(adapter), metadata={"format": "pt"}))
-    _put(directory / CONFIG, f"{config}\n".encode())
+    tensors = keyed(adapter)
+    entries = [Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors]
+    write_safetensors(directory / TENSORS, entries, tensors, {"format": "pt"})
+    write_json(directory / CONFIG, dict(sorted(render(adapter, heads(adapter)).items())))
 
 
 def _json(path: Path) -> Mapping[str, object]:
@@ -95,7 +96,7 @@ def _json(path: Path) -> Mapping[str, object]:
 
 def _tensors(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if (path / TENSORS).exists():
-        return _safetensors(path / TENSORS)
+        return {stored.name: load(stored).clone() for stored in read_shard(path / TENSORS).tensors}
     if not (path / PICKLE).exists():
         raise AdapterError(f"{path} holds {CONFIG} but no {TENSORS}. Save or download the adapter again.")
     if allow_pickle:
@@ -106,31 +107,15 @@ def _tensors(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     )
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    """Copies, so that nothing later hangs on the file."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118  (no mapping)
-    except SafetensorError as error:
-        raise TruncatedShard(f"{path} is no whole safetensors file ({error}). Download it again.") from None
-
-
 def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UntrustedPickle(
-            f"{path} holds more than tensors and was not read. Save it as safetensors."
+            f"{path} is no pickle of tensors alone. Have it saved as safetensors."
         ) from None
     except (RuntimeError, EOFError) as error:
         raise TruncatedShard(f"{path} is no whole file ({error!s:.80}). Download it again.") from None
     if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise AdapterError(f"{path} holds no mapping of names to tensors. Save the adapter again.")
     return found
-
-
-def _put(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())

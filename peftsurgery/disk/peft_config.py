@@ -112,7 +112,7 @@ def _refuse_options(raw: Mapping[str, object], kind: type[Method]) -> None:
     start = str(raw.get("init_lora_weights")).lower()
     if start.startswith(REBASING):
         raise UnknownMethod(
-            f"`init_lora_weights` is {start!r}, which changes the base too, so the adapter is not all of it. Save "
+            f"`init_lora_weights` is {start!r}, which changes the base too, so this is not all of it. Save "
             "it from peft as a plain LoRA: `save_pretrained(…, path_initial_model_for_weight_conversion=…)`."
         )
     known = PLANNED | HARMLESS | {field.name for field in fields(kind)}

@@ -1,35 +1,28 @@
-"""PEFT's tensor keys: `base_model.model.<site>.<parameter>`, and tensors that replace the base's whole.
-
-A site is told from the tensors alone: the method says where it repeats a size of the site, and the
-tensors say how large that size is.
-"""
+"""PEFT's tensor keys: `base_model.model.<site>.<parameter>`, and tensors that replace the base's whole."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.disk.peft_config import Config
+from peftsurgery.disk.peft_sites import natural, probes, site_of
 from peftsurgery.errors import MismatchedTensors, listing, nearest
-from peftsurgery.method import Method, Params
+from peftsurgery.method import Method
 from peftsurgery.planning import Plan, Step, by_pattern
 from peftsurgery.select import chosen, key_matches
-from peftsurgery.site import Kind, Layout, Site
+from peftsurgery.site import Site
 
 PREFIX = "base_model.model."
 BASE = ".base_layer."
 COPY = ".modules_to_save."
 EMBEDDINGS = ("embed_tokens", "lm_head")
 """Modules that PEFT saves whole when the vocabulary was resized, without a word in the configuration."""
-SIZES = (1_000_003, 1_000_033, 1_000_037, 1_000_039, 1_000_081)
-"""The sizes of a probing site: primes that no hyper-parameter equals."""
-PROBES = ((Kind.LINEAR, 2), (Kind.EMBEDDING, 2), (Kind.CONV, 3), (Kind.CONV, 4), (Kind.CONV, 5))
 
 
 def understood(config: Config, tensors: Mapping[str, Tensor], name: str) -> Adapter:
@@ -39,8 +32,11 @@ def understood(config: Config, tensors: Mapping[str, Tensor], name: str) -> Adap
         MismatchedTensors: tensors are missing, unexpected or not selected by the configuration's words.
         PlanError: a pattern or a value that means nothing.
     """
+    _check_numbers(tensors)
     params, rest = _divided(tensors, config.method)
-    sites = [_site(site, config, params[site]) for site in sorted(params, key=_natural)]
+    sites = [
+        site_of(site, config.method, config.layout, params[site]) for site in sorted(params, key=natural)
+    ]
     whole = {key: tensor for key, tensor in rest.items() if _is_announced(key, config, params)}
     _check_keys(sites, config.method, tensors, whole)
     hits = _hits(sites, config)
@@ -57,16 +53,13 @@ def understood(config: Config, tensors: Mapping[str, Tensor], name: str) -> Adap
     )
 
 
-def keyed(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's tensors under PEFT's keys: on the CPU, contiguous, each with its own memory."""
+def keyed(adapter: Adapter) -> list[tuple[str, Tensor]]:
+    """The adapter's tensors under PEFT's keys, in safetensors' order: wide dtypes first, then by key."""
     sites = {site.name for site in adapter.plan.sites}
-    own = {
-        f"{PREFIX}{site}.{word}": t for site, params in adapter.params.items() for word, t in params.items()
-    }
-    whole = {f"{PREFIX}{_stored(name, sites)}": tensor for name, tensor in adapter.replaced.items()}
-    return {
-        key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in (own | whole).items()
-    }
+    found = [(f"{PREFIX}{_stored(name, sites)}", tensor) for name, tensor in adapter.replaced.items()]
+    for site, params in adapter.params.items():
+        found += [(f"{PREFIX}{site}.{word}", tensor) for word, tensor in params.items()]
+    return sorted(found, key=lambda pair: (-pair[1].dtype.itemsize, pair[0]))
 
 
 def heads(adapter: Adapter) -> tuple[str, ...]:
@@ -93,7 +86,7 @@ def _divided(
     tensors: Mapping[str, Tensor], method: Method
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """The method's parameters by site, and all other tensors by key."""
-    words = sorted({f".{word}" for probe in _probes("", method) for word in method.shapes(probe)})
+    words = sorted({f".{word}" for probe in probes("", method) for word in method.shapes(probe)})
     params: dict[str, dict[str, Tensor]] = defaultdict(dict)
     rest = {}
     for key, tensor in tensors.items():
@@ -103,34 +96,6 @@ def _divided(
         else:
             params[key.removeprefix(PREFIX).removesuffix(word)][word[1:]] = tensor
     return dict(params), rest
-
-
-def _probes(name: str, method: Method, layout: Layout = Layout.OUT_IN) -> list[Site]:
-    """Sites of every kind that the method can stand at, with sizes that are told apart."""
-    layouts = {Kind.LINEAR: layout, Kind.EMBEDDING: Layout.IN_OUT, Kind.CONV: Layout.OUT_IN}
-    return [Site(name, kind, SIZES[:dims], layouts[kind]) for kind, dims in PROBES if kind in method.kinds]
-
-
-def _site(name: str, config: Config, params: Params) -> Site:
-    """The site that takes these parameters; a size that the method never repeats is 1."""
-
-    def likeness(probe: Site) -> tuple[int, int]:
-        shapes = config.method.shapes(probe)
-        shared = shapes.keys() & params.keys()
-        return len(shared), sum(len(shapes[word]) == params[word].ndim for word in shared)
-
-    probe = max(_probes(name, config.method, config.layout), key=likeness)
-    sizes = {
-        marked: size
-        for word, shape in config.method.shapes(probe).items()
-        for marked, size in zip(shape, params[word].shape if word in params else (), strict=False)
-    }
-    return replace(probe, shape=tuple(sizes.get(size, 1) for size in probe.shape))
-
-
-def _natural(name: str) -> list[str | int]:
-    """A sorting key that puts `layer.2` before `layer.10`."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)]
 
 
 def _is_announced(key: str, config: Config, sites: Collection[str]) -> bool:
@@ -163,7 +128,7 @@ def _replaced(whole: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     With `bias="all"` PEFT writes a head's bias under several keys, and the untrained original too.
     """
     found: dict[str, Tensor] = {}
-    for key in sorted(whole, key=_natural):
+    for key in sorted(whole, key=natural):
         plain = _plain(key, name)
         if ".original_module." in plain:
             continue
@@ -197,12 +162,22 @@ def _hits(sites: Sequence[Site], config: Config) -> dict[str, int]:
     return {word: len(names) for word, names in selection.hits.items()}
 
 
+def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    strange = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    if strange:
+        raise MismatchedTensors(
+            f"The adapter's file holds {listing(strange)} as {tensors[strange[0]].dtype}, which is "
+            "no floating dtype. Save the adapter without quantising it.",
+            unexpected=strange,
+        )
+
+
 def _check_keys(
     sites: Iterable[Site], method: Method, tensors: Mapping[str, Tensor], whole: Collection[str]
 ) -> None:
     expected = {f"{PREFIX}{site.name}.{word}" for site in sites for word in method.shapes(site)}
-    missing = sorted(expected - tensors.keys(), key=_natural)
-    unexpected = sorted(tensors.keys() - expected - set(whole), key=_natural)
+    missing = sorted(expected - tensors.keys(), key=natural)
+    unexpected = sorted(tensors.keys() - expected - set(whole), key=natural)
     if not missing and not unexpected and expected:
         return
     lacks = f"lacks {listing(missing)}" if missing else ""
@@ -217,7 +192,7 @@ def _check_keys(
 
 
 def _remedy(unexpected: Iterable[str], method: Method) -> str:
-    words = {word.partition(".")[::2] for probe in _probes("", method) for word in method.shapes(probe)}
+    words = {word.partition(".")[::2] for probe in probes("", method) for word in method.shapes(probe)}
     named = [rf"\.{root}\.[^.]+" + (rf"\.{leaf}$" if leaf else "$") for root, leaf in words]
     if any(re.search(pattern, key) for key in unexpected for pattern in named):
         return (

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -176,7 +176,7 @@ def _stored(file: Path, name: str, said: object, offset: int) -> Stored:
     return Stored(name, file, dtype, tuple(shape), offset + span[0], offset + span[1])
 
 
-def _counts(value: object) -> bool:
+def _counts(value: object) -> TypeGuard[list[int]]:
     """Whether `value` is a list of natural numbers."""
     return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 63 for number in value)
 

@@ -14,7 +14,6 @@ from io import FileIO
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,19 +159,17 @@ def _header(entries: Sequence[Entry], metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _raw(entry: Entry, coming: tuple[str, Tensor] | None) -> np.ndarray:
-    """The bytes of the tensor that came, which must be the one that `entry` announced; a view where it can be."""
+def _raw(entry: Entry, coming: tuple[str, Tensor] | None) -> memoryview:
+    """The bytes of the tensor that came, which must be the one announced; a view where it can be."""
     if coming is None or Entry(coming[0], coming[1].dtype, tuple(coming[1].shape)) != entry:
         came = "nothing" if coming is None else f"{coming[0]!r} as {coming[1].dtype} {tuple(coming[1].shape)}"
         raise CheckpointError(
             f"{entry.name!r} was announced as {entry.dtype} {entry.shape} and {came} came. Nothing was kept."
         )
-    flat = coming[1].detach().cpu().contiguous().reshape(-1)
-    raw: np.ndarray = flat.view(torch.uint8).numpy()
-    return raw
+    return coming[1].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _put(handle: FileIO, data: bytes | np.ndarray) -> None:
+def _put(handle: FileIO, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     with _writing(Path(os.fsdecode(handle.name))):
         while rest:

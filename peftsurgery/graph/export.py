@@ -1,0 +1,166 @@
+"""Tracing: a live model becomes a lean graph whose initializers bear its parameters' names."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from peftsurgery.errors import ExportError, UnsupportedModel
+from peftsurgery.graph import passes
+from peftsurgery.graph.posture import eager, evaluating
+from peftsurgery.graph.signature import Port, Signature, call
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+OPSET = 20
+"""What most runtimes run; from 23 on, onnxscript fuses rotary embeddings in a way that ORT refuses."""
+ROWS, COLUMNS = 2, 11
+LISTED = "peftsurgery."
+"""How the keys of what a graph says of itself begin."""
+
+
+class Flat(nn.Module):
+    """A model that takes and gives plain tensors, in the signature's order."""
+
+    def __init__(self, model: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.model = model
+        self.signature = signature
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        names = (port.name for port in self.signature.inputs)
+        given = call(self.model, dict(zip(names, tensors, strict=True)))
+        return tuple(given[port.name] for port in self.signature.outputs)
+
+
+def trace(
+    model: nn.Module, signature: Signature, *, names: Callable[[str], str] = str, opset: int = OPSET
+) -> ir.Model:
+    """The model as an ONNX graph, dynamic in batch and length; the model is left as it was.
+
+    An initializer has the name that `names` makes of its parameter's. A matrix that only a MatMul
+    reads is stored (in, out), a view of the parameter; a tied one stays one tensor. The graph refers
+    to the model's memory until it is saved.
+
+    Args:
+        names: from a parameter's name in `model` to the initializer's.
+        opset: version of the ONNX operators.
+
+    Raises:
+        UnsupportedModel: torch cannot trace it.
+        ExportError: the traced graph reads no attention mask, or gives two parameters one name.
+    """
+    flat = Flat(model, signature)
+    with evaluating(flat), eager(model), _quiet():
+        graph = _traced(flat, signature, opset)
+    renamed = _rename(graph, names)
+    passes.lean(graph, renamed)
+    _dress(graph, signature)
+    _record(graph, signature, _aliases(model, names, set(graph.graph.initializers)))
+    return graph
+
+
+def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
+    sample = tuple(_sample(port, signature, flat) for port in signature.inputs)
+    free = tuple(dict.fromkeys(range(2), torch.export.Dim.DYNAMIC) for _ in sample)
+    try:
+        program = torch.onnx.export(
+            flat,
+            sample,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            opset_version=opset,
+            dynamic_shapes={"tensors": free},
+            input_names=[port.name for port in signature.inputs],
+            output_names=[port.name for port in signature.outputs],
+        )
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        why = str(error).strip().splitlines()
+        raise UnsupportedModel(
+            f"torch cannot trace {type(flat.model).__name__} to opset {opset}: {why[0] if why else error!r} "
+            "Export its architecture's standard variant, or report it with this message."
+        ) from error
+    assert program is not None
+    return program.model
+
+
+def _sample(port: Port, signature: Signature, flat: Flat) -> Tensor:
+    # Neither axis is 0 or 1 long, and a row is padded: a mask of ones would be traced away.
+    values = torch.ones(ROWS, COLUMNS, dtype=torch.long, device=next(flat.parameters()).device)
+    if port.name == "attention_mask":
+        values[-1, COLUMNS // 2 :] = 0
+    elif port.name == "token_type_ids":
+        values.zero_()
+    elif signature.pad_id == 1:
+        values.fill_(min(2, signature.vocab_size - 1))
+    return values
+
+
+def _rename(graph: ir.Model, names: Callable[[str], str]) -> set[str]:
+    """Rename the parameters; what comes back are their new names."""
+    values = {name: v for name, v in graph.graph.initializers.items() if name.startswith("model.")}
+    new = {name: names(name.removeprefix("model.")) for name in values}
+    if len(set(new.values())) < len(new):
+        raise ExportError(
+            "Two parameters would be initializers of one name. Remove all adapters but one, or merge."
+        )
+    for name, value in values.items():
+        value.name = new[name]
+    return set(new.values())
+
+
+def _dress(graph: ir.Model, signature: Signature) -> None:
+    """The names of the axes, as the signature says them."""
+    import onnx_ir as ir
+
+    found = {value.name: value for value in (*graph.graph.inputs, *graph.graph.outputs)}
+    for port in (*signature.inputs, *signature.outputs):
+        found[port.name].shape = ir.Shape(port.axes)
+    for port in signature.inputs:
+        if port.name == "attention_mask" and not found[port.name].uses():
+            raise ExportError(
+                "The traced graph ignores attention_mask, so padding would change its answers. "
+                "Report the model's class and the version of transformers; nothing was written."
+            )
+
+
+def _record(graph: ir.Model, signature: Signature, aliases: dict[str, list[str]]) -> None:
+    from peftsurgery import __version__
+
+    graph.producer_name, graph.producer_version = "peftsurgery", __version__
+    facts = {name: value for name, value in asdict(signature).items() if name not in ("inputs", "outputs")}
+    graph.metadata_props.clear()
+    graph.metadata_props.update({LISTED + name: str(value) for name, value in facts.items()})
+    for name, others in aliases.items():
+        graph.graph.initializers[name].metadata_props["aliases"] = ",".join(others)
+
+
+def _aliases(model: nn.Module, names: Callable[[str], str], kept: set[str]) -> dict[str, list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(names(name))
+    pairs = ((next((n for n in group if n in kept), None), group) for group in groups.values())
+    return {first: [n for n in group if n != first] for first, group in pairs if first and len(group) > 1}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's remarks are about torch's own future, and about libraries that nobody needs here."""
+    logger = logging.getLogger("torch.onnx")
+    level: Any = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,95 @@
+"""From what the exporter gives to a lean graph, every parameter kept under its name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+FOLDED = 1024
+"""Elements of the largest constant that folding may write."""
+
+
+def lean(model: ir.Model, parameters: Collection[str]) -> None:
+    """Fold shape arithmetic, drop what is said twice or unused, and store matrices as MatMul reads them.
+
+    Args:
+        parameters: names of initializers that must survive under their names wherever they are used.
+    """
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    kept = frozenset(parameters)
+
+    def foldable(node: ir.Node) -> bool | None:
+        # None leaves the decision to the pass's own limits.
+        return False if any(value is not None and value.name in kept for value in node.inputs) else None
+
+    common.InlinePass()(model)
+    optimizer.fold_constants(
+        model,
+        onnx_shape_inference=True,
+        input_size_limit=FOLDED,
+        output_size_limit=FOLDED,
+        should_fold=foldable,
+    )
+    ir.passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.ClearMetadataAndDocStringPass(),
+    )(model)
+    store_transposed(model)
+
+
+def store_transposed(model: ir.Model) -> None:
+    """`Transpose(W)` of a matrix that nobody else reads becomes W itself, stored transposed, by its old name."""
+    for value in list(model.graph.initializers.values()):
+        users = [node for node, _ in value.uses()]
+        if users and all(swaps(node) for node in users) and not value.is_graph_output():
+            _turn(model, value, users)
+
+
+def swaps(node: ir.Node) -> bool:
+    """Whether the node is the transpose of a matrix."""
+    perm = node.attributes.get("perm")
+    return node.op_type == "Transpose" and perm is not None and list(perm.as_ints()) == [1, 0]
+
+
+def _turn(model: ir.Model, value: ir.Value, users: list[ir.Node]) -> None:
+    import onnx_ir as ir
+
+    assert value.const_value is not None
+    turned = as_torch(value.const_value).t()
+    value.const_value = as_ir(turned, value.name)
+    value.shape = ir.Shape(turned.shape)
+    for node in users:
+        ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
+        model.graph.remove(node, safe=True)
+
+
+def as_torch(tensor: ir.TensorProtocol) -> Tensor:
+    """The tensor as torch sees it; it shares memory where it can, so nobody writes to it."""
+    import torch
+    from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
+
+    if isinstance(tensor, TorchTensor):
+        return tensor.raw.detach()
+    array = tensor.numpy()
+    if array.dtype.kind not in "fiub" or array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(f"u{array.itemsize}").copy()).view(to_torch_dtype(tensor.dtype))
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def as_ir(tensor: Tensor, name: str | None) -> ir.TensorProtocol:
+    """The torch tensor as a graph holds it; no byte is copied."""
+    from onnx_ir.tensor_adapters import TorchTensor
+
+    return TorchTensor(tensor, name=name)

@@ -1,0 +1,171 @@
+"""What goes into a graph and what comes out, under the names that PEFT and optimum use."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftsurgery.errors import UnsupportedModel, listing
+from peftsurgery.graph.posture import evaluating
+from peftsurgery.tasks import TASKS, Task, task_of
+from peftsurgery.tasks import task as task_named
+
+BATCH, LENGTH = "batch_size", "sequence_length"
+INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+OUTPUTS: Mapping[str, Mapping[str, bool]] = {
+    "sequence-classification": {"logits": False},
+    "token-classification": {"logits": True},
+    "question-answering": {"start_logits": True, "end_logits": True},
+    "fill-mask": {"logits": True},
+    "feature-extraction": {"last_hidden_state": True, "pooler_output": False},
+}
+"""For each task, its outputs, and whether there is one for every token."""
+OPTIONAL = frozenset({"pooler_output"})
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One input or output.
+
+    Args:
+        name: its name in the graph.
+        dtype: `int64`, `float32`, `float16` or `bfloat16`.
+        axes: for each axis its name, where it is dynamic, or its size.
+    """
+
+    name: str
+    dtype: str
+    axes: tuple[str | int, ...]
+
+    @property
+    def per_token(self) -> bool:
+        """Whether it has a value for every token, so that padding matters."""
+        return LENGTH in self.axes
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The inputs and outputs of a model for a task, and what makes an input a fair one.
+
+    Args:
+        task: the word for it in `peftsurgery.tasks`.
+        vocab_size: token ids lie in [0, vocab_size).
+        pad_id: the token id of padding, 0 where the model names none.
+        type_vocab_size: token type ids lie in [0, type_vocab_size).
+        longest: the longest input that has positions; 0 where there is no bound.
+    """
+
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    task: str
+    vocab_size: int = 2
+    pad_id: int = 0
+    type_vocab_size: int = 1
+    longest: int = 0
+
+
+def signature(model: nn.Module, task: str | None = None) -> Signature:
+    """The signature of a transformers encoder; the model is run once, on two short rows of tokens.
+
+    Args:
+        task: a word for the task; by default what the class is for.
+
+    Raises:
+        UnsupportedModel: the model is no encoder over tokens, or does not play the task.
+        PlanError: no task is called so.
+    """
+    config, said = _config(model), _task(model, task)
+    accepted = inspect.signature(model.forward).parameters
+    types = getattr(config, "type_vocab_size", 2)
+    names = [n for n in INPUTS if n in accepted and (n != "token_type_ids" or types > 1)]
+    pad = getattr(config, "pad_token_id", None) or 0
+    given = _probe(model, names)
+    return Signature(
+        inputs=tuple(Port(name, "int64", (BATCH, LENGTH)) for name in names),
+        outputs=tuple(
+            _port(name, given[name], per_token) for name, per_token in _offered(model, said, given)
+        ),
+        task=said.name,
+        vocab_size=config.vocab_size,
+        pad_id=pad,
+        type_vocab_size=types,
+        # RoBERTa's positions start after the padding id, so its last ones are out of reach.
+        longest=max(0, (getattr(config, "max_position_embeddings", None) or 0) - pad - 1),
+    )
+
+
+def call(model: nn.Module, feeds: Mapping[str, Tensor]) -> Mapping[str, Any]:
+    """The model's outputs by name, without a cache of keys and values."""
+    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return model(**feeds, **cache, return_dict=True)  # type: ignore[no-any-return]
+
+
+def _config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is None or not isinstance(getattr(config, "vocab_size", None), int):
+        raise UnsupportedModel(f"{_name(model)} is not a transformers model over tokens. {_supported()}")
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModel(f"{_name(model)} takes no input_ids. {_supported()}")
+    if config.is_encoder_decoder or _decodes(config):
+        raise UnsupportedModel(f"{_name(model)} is a decoder, not an encoder. {_supported()}")
+    return config
+
+
+def _decodes(config: Any) -> bool:
+    """Whether tokens see only what is before them: transformers knows such models as causal only."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
+    )
+
+    kind = config.model_type
+    return bool(getattr(config, "is_decoder", False)) or (kind in CAUSAL and kind not in MASKED)
+
+
+def _task(model: nn.Module, word: str | None) -> Task:
+    found = task_of(type(model).__name__) if word is None else task_named(word)
+    if found is None or found.name not in OUTPUTS:
+        what = (
+            "has no task" if found is None else f"would be exported for {found.name}, which is not supported"
+        )
+        raise UnsupportedModel(f"{_name(model)} {what}. {_supported()}")
+    return found
+
+
+def _probe(model: nn.Module, names: list[str]) -> Mapping[str, Any]:
+    device = next(model.parameters()).device
+    feeds = {name: torch.full((2, 3), int(name != "token_type_ids"), device=device) for name in names}
+    with evaluating(model):
+        return call(model, feeds)
+
+
+def _offered(model: nn.Module, task: Task, given: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    wanted = OUTPUTS[task.name]
+    lost = [name for name in wanted if given.get(name) is None and name not in OPTIONAL]
+    if lost:
+        raise UnsupportedModel(
+            f"{_name(model)} gives {listing(list(given))} and not {listing(lost)}, which {task.name} is about. "
+            f"Load the model with `{task.auto}`, or name the task that it was made for."
+        )
+    return [(name, per_token) for name, per_token in wanted.items() if given.get(name) is not None]
+
+
+def _port(name: str, value: Tensor, per_token: bool) -> Port:
+    dynamic = (BATCH, LENGTH) if per_token else (BATCH,)
+    return Port(name, str(value.dtype).removeprefix("torch."), (*dynamic, *value.shape[len(dynamic) :]))
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _supported() -> str:
+    words = [task.name for task in TASKS if task.name in OUTPUTS]
+    return f"Encoders can be exported for {listing(words, len(words))}."
