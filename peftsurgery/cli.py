@@ -244,6 +244,9 @@ def export_onnx_command(**options: Any) -> None:
 @click.option(
     "--adapter", "adapters", multiple=True, help="An adapter on the model of --against. Repeatable."
 )
+@click.option(
+    "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
+)
 @click.option("--task", help="The task, where the checkpoint does not say it.")
 @click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32.")
 @trust_options

@@ -82,7 +82,12 @@ class Lookup(nn.Module):
 
 def _bert() -> nn.Module:
     config = BertConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=VOCAB, num_labels=3
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=VOCAB,
+        num_labels=3,
     )
     return BertForSequenceClassification(config)
 
@@ -105,7 +110,9 @@ def _llama(tied: bool = False) -> nn.Module:
 
 
 def _t5() -> nn.Module:
-    config = T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0)
+    config = T5Config(
+        d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=VOCAB, decoder_start_token_id=0
+    )
     return T5ForConditionalGeneration(config)
 
 
@@ -124,7 +131,10 @@ def _noise(*shape: int) -> Tensor:
 
 
 LINEAR = Subject(
-    "linear", lambda: nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5, bias=False)), lambda: {"input": _noise(3, 8)}, "0,2"
+    "linear",
+    lambda: nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 5, bias=False)),
+    lambda: {"input": _noise(3, 8)},
+    "0,2",
 )
 CONV = Subject("conv", Vision, lambda: {"pixels": _noise(2, 3, 9, 9)}, "stem,mix,line,head")
 EMBEDDING = Subject("embedding", lambda: Lookup(nn.Embedding), lambda: {"ids": _ids()}, "table,head")
@@ -133,9 +143,7 @@ ENCODER = Subject("encoder", _bert, _tokens, "query,value,dense,word_embeddings"
 CONV1D = Subject("gpt2-conv1d", _gpt2, _tokens, "c_attn,c_proj,c_fc")
 GQA = Subject("llama-gqa", _llama, _tokens, "all-linear")
 TIED = Subject("llama-tied", lambda: _llama(tied=True), _tokens, "q_proj,v_proj,down_proj")
-SEQ2SEQ = Subject(
-    "t5", _t5, lambda: {**_tokens(), "decoder_input_ids": _ids(2, 4)}, "q,v,wo"
-)
+SEQ2SEQ = Subject("t5", _t5, lambda: {**_tokens(), "decoder_input_ids": _ids(2, 4)}, "q,v,wo")
 BF16 = Subject("llama-bf16", _llama, _tokens, "q_proj,v_proj,up_proj", torch.bfloat16)
 
 SUBJECTS = (LINEAR, CONV, EMBEDDING, SUBCLASS, ENCODER, CONV1D, GQA, TIED, SEQ2SEQ, BF16)

@@ -190,10 +190,14 @@ def _report(
 def parity_table(parity: Parity) -> list[tuple[str, ...]]:
     """The rows of a comparison: one per output and shape."""
     rows = [
-        (row.output, f"{row.batch} × {row.length}", f"{row.max_abs_diff:.1e}", f"{row.top1_agreement:.0%}")
+        (row.output, f"{row.batch} × {row.length}", f"{row.max_abs_diff:.1e}", _share(row.top1_agreement))
         for row in parity.rows
     ]
     return [("output", "batch × length", "max |difference|", "same top-1"), *rows]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"
 
 
 def _form(adapters: list[Adapter], factored: bool) -> str:

@@ -44,11 +44,8 @@ class Report:
         return "\n".join(lines)
 
     def _shown(self) -> dict[str, Any]:
-        return {
-            n: v
-            for n, v in self.facts.items()
-            if not isinstance(v, dict) and not _long(v) and v not in (None, "", [])
-        }
+        """The facts that fit on a line; with a body, which says the names, only single values."""
+        return {name: value for name, value in self.facts.items() if _fits(value, lists=not self.body)}
 
 
 def size(nbytes: float) -> str:
@@ -60,10 +57,10 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.1f} TB"
 
 
-def _long(value: Any) -> bool:
-    return isinstance(value, list | tuple) and (
-        len(value) > 8 or any(isinstance(v, dict | list) for v in value)
-    )
+def _fits(value: Any, *, lists: bool) -> bool:
+    if isinstance(value, list | tuple):
+        return lists and 0 < len(value) <= 8 and not any(isinstance(item, dict | list) for item in value)
+    return not isinstance(value, dict) and value not in (None, "")
 
 
 def _plain(value: Any) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
 
 from peftsurgery.adapter import check
 from peftsurgery.commands.adapter_files import Adapters, gather
-from peftsurgery.commands.export_onnx import operated
+from peftsurgery.commands.export_onnx import operated, parity_table
 from peftsurgery.commands.report import Report
-from peftsurgery.disk.locate import locate
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Event, Listener, ignore
 from peftsurgery.tasks import task as task_named
@@ -36,19 +37,79 @@ def verify(
 ) -> Report:
     """Run two models on the same inputs, several batches and lengths, padded ones too, and compare.
 
+    Outputs per token are compared where tokens are attended.
+
     Args:
-        model, against: each a live module, a model directory, an export's directory or an `.onnx` file.
+        model: a live module, a model directory, an export's directory, or an `.onnx` file.
+        against: what it should equal: a live module or a model directory.
         adapters: what `against` wears; grafted, not merged.
         weight: a factor for each adapter's effect.
         task: the task, where the files do not say it.
-        tolerance: the largest absolute difference allowed; by default the wider dtype's.
+        tolerance: the largest absolute difference allowed; by default that of the wider-rounding dtype.
 
     Raises:
         ParityError: they differ by more; it says at which output and by how much.
-        PlanError: both are graphs, or an adapter comes with a graph.
+        PlanError: `against` is a graph.
     """
     from peftsurgery.graph import parity
 
+    if _graph(against) is not None:
+        raise PlanError(
+            f"{against} is a graph; the reference of a comparison is a torch model. Swap the two: "
+            f"`peftsurgery verify {against} --against MODEL`."
+        )
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
     listen(Event("verify", "loading", 0, 2))
-    ...
+    reference, undo = operated(against, given, True, task, trust_remote_code)
+    try:
+        said, dtype = _signature(reference, task), _dtype(reference)
+        runner, other = _runner(model, said, trust_remote_code)
+        allowed = tolerance or max(parity.tolerance(dtype), parity.tolerance(other))
+        listen(Event("verify", "comparing", 1, 2))
+        found = parity.compare(runner, parity.torch_runner(reference, said), said, tolerance=allowed)
+    finally:
+        undo()
+    parity.check(found)
+    facts = {
+        "model": _said(model),
+        "against": _said(against),
+        "provider": found.provider,
+        "parity": found.to_dict(),
+    }
+    return Report("verify", f"They agree: {found}.", facts, parity_table(found))
+
+
+def _runner(model: nn.Module | str | Path, said: Signature, trust: bool) -> tuple[Runner, torch.dtype]:
+    """What runs `model`, and the dtype it computes in."""
+    from peftsurgery.graph import parity
+    from peftsurgery.graph.session import Session
+
+    graph = _graph(model)
+    if graph is not None:
+        return Session(graph), torch.float32
+    live, _ = operated(model, [], True, said.task, trust)
+    return parity.torch_runner(live, said), _dtype(live)
+
+
+def _graph(model: nn.Module | str | Path) -> Path | None:
+    """The `.onnx` file that `model` is, or holds where it holds no checkpoint."""
+    if not isinstance(model, str | Path):
+        return None
+    path = Path(model)
+    return (
+        path if path.suffix == ".onnx" else path / "model.onnx" if (path / "model.onnx").is_file() else None
+    )
+
+
+def _signature(live: nn.Module, task: str | None) -> Signature:
+    from peftsurgery.graph.signature import signature
+
+    return signature(live, task_named(task).name if task is not None else None)
+
+
+def _dtype(live: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in live.parameters() if p.is_floating_point())
+
+
+def _said(model: nn.Module | str | Path) -> str:
+    return str(model) if isinstance(model, str | Path) else type(model).__name__

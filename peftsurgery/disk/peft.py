@@ -73,10 +73,10 @@ def write(adapter: Adapter, directory: Path) -> None:
         raise AdapterError(
             f"Adapter {adapter.name!r} is on the meta device and has no values. Load or train it first."
         )
-    tensors = keyed(adapter)
+    config, tensors = render(adapter, heads(adapter)), keyed(adapter)
     entries = [Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors]
     write_safetensors(directory / TENSORS, entries, tensors, {"format": "pt"})
-    write_json(directory / CONFIG, dict(sorted(render(adapter, heads(adapter)).items())))
+    write_json(directory / CONFIG, dict(sorted(config.items())))
 
 
 def _json(path: Path) -> Mapping[str, object]:

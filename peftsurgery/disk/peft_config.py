@@ -44,6 +44,7 @@ HARMLESS = {
     "corda_config",
     "lora_ga_config",
     "init_lora_weights",
+    "ensure_weight_tying",
 }
 """Keys that change nothing about what a trained adapter computes."""
 STARTS = ("eva", "orthogonal", "mica")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.errors import ExportError, UnsupportedModel
-from peftsurgery.graph import passes
+from peftsurgery.graph import passes, sites
 from peftsurgery.graph.posture import eager, evaluating
-from peftsurgery.graph.signature import Port, Signature, call
+from peftsurgery.graph.signature import RECORDED, Port, Signature, call
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 OPSET = 20
 """What most runtimes run; from 23 on, onnxscript fuses rotary embeddings in a way that ORT refuses."""
 ROWS, COLUMNS = 2, 11
-LISTED = "peftsurgery."
-"""How the keys of what a graph says of itself begin."""
+PREFIX = "wrapped."
 
 
 class Flat(nn.Module):
@@ -32,12 +31,12 @@ class Flat(nn.Module):
 
     def __init__(self, model: nn.Module, signature: Signature) -> None:
         super().__init__()
-        self.model = model
+        self.wrapped = model
         self.signature = signature
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         names = (port.name for port in self.signature.inputs)
-        given = call(self.model, dict(zip(names, tensors, strict=True)))
+        given = call(self.wrapped, dict(zip(names, tensors, strict=True)))
         return tuple(given[port.name] for port in self.signature.outputs)
 
 
@@ -61,10 +60,11 @@ def trace(
     flat = Flat(model, signature)
     with evaluating(flat), eager(model), _quiet():
         graph = _traced(flat, signature, opset)
-    renamed = _rename(graph, names)
-    passes.lean(graph, renamed)
+    parameters = _rename(graph, model, names)
+    passes.lean(graph, parameters)
     _dress(graph, signature)
-    _record(graph, signature, _aliases(model, names, set(graph.graph.initializers)))
+    _record(graph, signature)
+    sites.alias(graph, parameters)
     return graph
 
 
@@ -86,7 +86,7 @@ def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
     except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         why = str(error).strip().splitlines()
         raise UnsupportedModel(
-            f"torch cannot trace {type(flat.model).__name__} to opset {opset}: {why[0] if why else error!r} "
+            f"torch cannot trace {type(flat.wrapped).__name__} to opset {opset}: {why[0] if why else error!r} "
             "Export its architecture's standard variant, or report it with this message."
         ) from error
     assert program is not None
@@ -105,17 +105,29 @@ def _sample(port: Port, signature: Signature, flat: Flat) -> Tensor:
     return values
 
 
-def _rename(graph: ir.Model, names: Callable[[str], str]) -> set[str]:
-    """Rename the parameters; what comes back are their new names."""
-    values = {name: v for name, v in graph.graph.initializers.items() if name.startswith("model.")}
-    new = {name: names(name.removeprefix("model.")) for name in values}
-    if len(set(new.values())) < len(new):
-        raise ExportError(
-            "Two parameters would be initializers of one name. Remove all adapters but one, or merge."
-        )
-    for name, value in values.items():
-        value.name = new[name]
-    return set(new.values())
+def _rename(graph: ir.Model, model: nn.Module, names: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
+    """Name the parameters that are read; what comes back are their names, each with its others where tied."""
+    known, given = _names(model, names), dict[str, tuple[str, ...]]()
+    for name, value in list(graph.graph.initializers.items()):
+        inside = name.removeprefix(PREFIX)
+        if not value.uses():
+            del graph.graph.initializers[name]
+        elif inside != name:
+            value.name, *others = known.get(inside) or (names(inside),)
+            if value.name in given:
+                raise ExportError(
+                    f"Two parameters would be named {value.name!r}. Merge the adapters, or rename one."
+                )
+            given[value.name] = tuple(others)
+    return given
+
+
+def _names(model: nn.Module, names: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
+    """For each name in the model, all names that its parameter has in a graph, the first of them first."""
+    groups: dict[int, dict[str, str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), {})[name] = names(name)
+    return {name: tuple(dict.fromkeys(group.values())) for group in groups.values() for name in group}
 
 
 def _dress(graph: ir.Model, signature: Signature) -> None:
@@ -133,23 +145,13 @@ def _dress(graph: ir.Model, signature: Signature) -> None:
             )
 
 
-def _record(graph: ir.Model, signature: Signature, aliases: dict[str, list[str]]) -> None:
+def _record(graph: ir.Model, signature: Signature) -> None:
     from peftsurgery import __version__
 
     graph.producer_name, graph.producer_version = "peftsurgery", __version__
     facts = {name: value for name, value in asdict(signature).items() if name not in ("inputs", "outputs")}
     graph.metadata_props.clear()
-    graph.metadata_props.update({LISTED + name: str(value) for name, value in facts.items()})
-    for name, others in aliases.items():
-        graph.graph.initializers[name].metadata_props["aliases"] = ",".join(others)
-
-
-def _aliases(model: nn.Module, names: Callable[[str], str], kept: set[str]) -> dict[str, list[str]]:
-    groups: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), []).append(names(name))
-    pairs = ((next((n for n in group if n in kept), None), group) for group in groups.values())
-    return {first: [n for n in group if n != first] for first, group in pairs if first and len(group) > 1}
+    graph.metadata_props.update({RECORDED + name: str(value) for name, value in facts.items()})
 
 
 @contextmanager

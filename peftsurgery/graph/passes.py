@@ -47,6 +47,8 @@ def lean(model: ir.Model, parameters: Collection[str]) -> None:
         common.ClearMetadataAndDocStringPass(),
     )(model)
     store_transposed(model)
+    for value in model.graph.initializers.values():
+        value.metadata_props.clear()
 
 
 def store_transposed(model: ir.Model) -> None:

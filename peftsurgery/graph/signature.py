@@ -25,6 +25,8 @@ OUTPUTS: Mapping[str, Mapping[str, bool]] = {
     "feature-extraction": {"last_hidden_state": True, "pooler_output": False},
 }
 """For each task, its outputs, and whether there is one for every token."""
+RECORDED = "peftsurgery."
+"""How the keys begin under which a graph keeps what its ports do not say."""
 OPTIONAL = frozenset({"pooler_output"})
 
 

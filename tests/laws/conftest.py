@@ -10,7 +10,10 @@ from peftsurgery.method import Method
 from tests.subjects import SUBJECTS, Subject
 
 SETTINGS: dict[str, list[Method]] = {
-    "lora": [ps.LoRA(r=4, lora_alpha=8), ps.LoRA(r=3, lora_alpha=5, use_rslora=True, init_lora_weights="gaussian")]
+    "lora": [
+        ps.LoRA(r=4, lora_alpha=8),
+        ps.LoRA(r=3, lora_alpha=5, use_rslora=True, init_lora_weights="gaussian"),
+    ]
 }
 
 

@@ -24,7 +24,9 @@ def test_compile(subject: Subject, method: Method) -> None:
 
 def test_export(subject: Subject, method: Method) -> None:
     model = ps.inject(subject.model(), trained(subject, method))
-    uncached = {"use_cache": False} if hasattr(model, "config") else {}  # a cache is no output that torch exports
+    uncached = (
+        {"use_cache": False} if hasattr(model, "config") else {}
+    )  # a cache is no output that torch exports
     inputs = {**subject.inputs(), **uncached}
     exported = torch.export.export(model, (), kwargs=inputs, strict=False)
     with torch.no_grad():

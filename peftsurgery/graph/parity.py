@@ -1,0 +1,200 @@
+"""Is what runs the thing that was trained? Two runners, the same inputs, compared where tokens are attended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from peftsurgery.errors import ParityError
+from peftsurgery.graph.posture import evaluating
+from peftsurgery.graph.signature import Port, Signature, call
+
+Array = npt.NDArray[Any]
+Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+SHAPES = ((1, 8), (3, 17), (2, 64))
+"""Rows and columns of the generated batches; all but the first row of each are padded."""
+SCORED = frozenset({"logits", "start_logits", "end_logits"})
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One output on one batch.
+
+    Args:
+        max_abs_diff, mean_abs_diff: over the attended positions; infinite where only one side is finite.
+        top1_agreement: share of equal decisions, where the output decides something.
+    """
+
+    output: str
+    batch: int
+    length: int
+    max_abs_diff: float
+    mean_abs_diff: float
+    top1_agreement: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """What a comparison found.
+
+    Args:
+        rows: one for every output of every batch.
+        tolerance: the largest `max_abs_diff` that is accepted.
+        provider: where the first runner ran, if it says so.
+    """
+
+    rows: tuple[Row, ...]
+    tolerance: float
+    provider: str = ""
+
+    @property
+    def worst(self) -> Row:
+        return max(self.rows, key=lambda row: row.max_abs_diff)
+
+    @property
+    def max_abs_diff(self) -> float:
+        return self.worst.max_abs_diff
+
+    @property
+    def mean_abs_diff(self) -> float:
+        return float(np.mean([row.mean_abs_diff for row in self.rows]))
+
+    @property
+    def top1_agreement(self) -> float | None:
+        shares = [row.top1_agreement for row in self.rows if row.top1_agreement is not None]
+        return min(shares) if shares else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+        summary = {
+            name: getattr(self, name)
+            for name in ("max_abs_diff", "mean_abs_diff", "top1_agreement", "tolerance", "provider")
+        }
+        return {**summary, "rows": [asdict(row) for row in self.rows]}
+
+    def __str__(self) -> str:
+        agreed = "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.1%}"
+        return f"max |Δ| {self.max_abs_diff:.2e} (tolerance {self.tolerance:.0e}){agreed} on {len(self.rows)} comparisons"
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest absolute difference to expect of two right implementations in `dtype`."""
+    return TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+
+
+def compare(
+    runner: Runner,
+    reference: Runner,
+    signature: Signature,
+    *,
+    batches: Iterable[Mapping[str, Array]] = (),
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    tolerance: float = TOLERANCES[torch.float32],
+    seed: int = 0,
+) -> Parity:
+    """Run both on generated batches of several shapes, right-padded, and on the given ones.
+
+    Args:
+        runner, reference: from inputs by name to outputs by name: a `Session`, or `torch_runner(…)`.
+        batches: real inputs by name, each (batch, length).
+    """
+    feeds = [*generated(signature, shapes, seed), *batches]
+    rows = tuple(row for feed in feeds for row in _rows(runner(feed), reference(feed), feed, signature))
+    return Parity(rows, tolerance, getattr(runner, "provider", ""))
+
+
+def check(parity: Parity) -> Parity:
+    """The comparison itself, when every difference is within its tolerance.
+
+    Raises:
+        ParityError: the worst output, and by how much it is off.
+    """
+    worst = parity.worst
+    if worst.max_abs_diff <= parity.tolerance:
+        return parity
+    raise ParityError(
+        f"{worst.output!r} differs by {worst.max_abs_diff:.3g} on a batch of {worst.batch} × {worst.length} tokens; "
+        f"{parity.tolerance:g} is allowed. If the difference is only the dtype's rounding, raise `--tolerance`; "
+        "otherwise report the model's class.",
+        max_abs_diff=worst.max_abs_diff,
+        tolerance=parity.tolerance,
+        output=worst.output,
+    )
+
+
+def generated(
+    signature: Signature, shapes: Sequence[tuple[int, int]] = SHAPES, seed: int = 0
+) -> Iterator[dict[str, Array]]:
+    """Random batches: every row but the first is shorter than the batch and padded on the right."""
+    random = np.random.default_rng(seed)
+    for rows, columns in shapes:
+        columns = min(columns, signature.longest or columns)
+        lengths = np.array([max(1, columns - columns * row // rows) for row in range(rows)])
+        mask = np.arange(columns) < lengths[:, None]
+        feed = {
+            "input_ids": np.where(mask, _tokens(random, signature, mask.shape), signature.pad_id),
+            "attention_mask": mask,
+            "token_type_ids": mask * random.integers(0, max(1, signature.type_vocab_size), mask.shape),
+        }
+        yield {port.name: feed[port.name].astype(port.dtype) for port in signature.inputs}
+
+
+def torch_runner(model: nn.Module, signature: Signature) -> Runner:
+    """The live model as a runner: in evaluation mode, in its own dtype, on its own device."""
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        device = next(model.parameters()).device
+        given = {port.name: torch.tensor(feeds[port.name], device=device) for port in signature.inputs}
+        with evaluating(model):
+            found = call(model, given)
+        return {port.name: found[port.name].double().cpu().numpy() for port in signature.outputs}
+
+    return run
+
+
+def _tokens(random: np.random.Generator, signature: Signature, shape: tuple[int, ...]) -> Array:
+    """Token ids other than the padding's."""
+    ids = random.integers(0, signature.vocab_size - 1, shape)
+    return ids + (ids >= signature.pad_id)
+
+
+def _rows(
+    found: Mapping[str, Array], expected: Mapping[str, Array], feed: Mapping[str, Array], signature: Signature
+) -> Iterator[Row]:
+    batch, length = feed["input_ids"].shape
+    mask = feed.get("attention_mask", np.ones((batch, length))).astype(bool)
+    for port in signature.outputs:
+        a, b = (np.asarray(side[port.name]).astype(np.float64) for side in (found, expected))
+        if a.shape != b.shape:
+            yield Row(port.name, batch, length, np.inf, np.inf, None)
+            continue
+        apart = _apart(a, b)[mask] if port.per_token else _apart(a, b)
+        yield Row(port.name, batch, length, float(apart.max()), float(apart.mean()), _top1(a, b, port, mask))
+
+
+def _apart(a: Array, b: Array) -> Array:
+    """|a − b|, infinite where exactly one side is finite or the sign of an infinity differs."""
+    with np.errstate(invalid="ignore"):
+        apart: Array = np.where(a == b, 0.0, np.abs(a - b))
+    apart[np.isnan(apart)] = np.inf
+    return apart
+
+
+def _top1(a: Array, b: Array, port: Port, mask: Array) -> float | None:
+    if port.name not in SCORED or a.shape[-1] < 2:
+        return None
+    if len(port.axes) == 2 and port.per_token:
+        a, b = np.where(mask, a, -np.inf), np.where(mask, b, -np.inf)
+        return float((a.argmax(-1) == b.argmax(-1)).mean())
+    same = a.argmax(-1) == b.argmax(-1)
+    return float((same[mask] if port.per_token else same).mean())
+
+
+__all__ = ["SHAPES", "Parity", "Row", "Runner", "check", "compare", "generated", "tolerance", "torch_runner"]

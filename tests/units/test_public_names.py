@@ -1,0 +1,62 @@
+"""The public surface, written down once."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import peftsurgery as ps
+from peftsurgery.cli import main
+
+SHOWING = {"verbose", "quiet", "as_json"}
+SAYING_A_METHOD = {"settings", "r", "lora_alpha", "lora_dropout"}
+PYTHON_ONLY = {"listen", "trainable"}
+"""Progress is drawn by the command line itself, and a directory has nothing that requires gradients."""
+
+
+def test_public_names() -> None:
+    assert set(ps.__all__) == {
+        *(
+            "Adapter",
+            "Event",
+            "Kind",
+            "Layout",
+            "LoRA",
+            "METHODS",
+            "Plan",
+            "Report",
+            "Site",
+            "Step",
+            "SurgeryError",
+        ),
+        *(
+            "activate",
+            "adapters",
+            "export_onnx",
+            "folded",
+            "inject",
+            "inspect",
+            "load_adapter",
+            "merge",
+            "plan",
+        ),
+        *("remove", "rescale", "save_adapter", "scale", "sites", "trainable_parameters", "verify"),
+    }
+    assert all(getattr(ps, name) is not None for name in ps.__all__)
+    assert set(ps.__all__) <= set(dir(ps))
+
+
+@pytest.mark.parametrize("word", sorted(main.commands))
+def test_a_command_takes_what_its_function_takes(word: str) -> None:
+    function = getattr(ps, word.replace("-", "_"))
+    wanted = set(inspect.signature(function).parameters) - PYTHON_ONLY
+    options = {parameter.name for parameter in main.commands[word].params} - SHOWING
+    if "method" in options:
+        options -= SAYING_A_METHOD
+    assert options == wanted
+
+
+@pytest.mark.parametrize("name", [n for n in ps.__all__ if inspect.isfunction(getattr(ps, n))])
+def test_public_functions_are_documented(name: str) -> None:
+    assert len(inspect.getdoc(getattr(ps, name)) or "") > 40
