@@ -167,8 +167,8 @@ def inject_command(**options: Any) -> None:
     options["modules_to_save"] = options["modules_to_save"] or None
 
     def call(listen: object) -> Any:
-        patterns = {name: numbers(options.pop(name)) for name in ("rank_pattern", "alpha_pattern")}
-        return inject(method=method(), **patterns, **options)
+        options.update({name: numbers(options[name]) for name in ("rank_pattern", "alpha_pattern")})
+        return inject(method=method(), **options)
 
     run(flags, call)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from peftsurgery.errors import NoSiteMatched, PlanError, UnsupportedSite, listing, nearest
 from peftsurgery.method import Method
-from peftsurgery.select import Query, Selection, key_matches, select
+from peftsurgery.select import Query, key_matches, select
 from peftsurgery.site import Kind, Site
 
 Refine = Callable[[Site, Method], Method]
@@ -76,8 +76,7 @@ def plan(
         UnsupportedSite: a selected site cannot carry the method.
     """
     query = targets if isinstance(targets, Query) else Query.of(targets)
-    offered = [site for site in sites if not _inside(site.name, reserved)]
-    chosen: Selection = select(offered, query, outputs=outputs)
+    chosen = select(sites, query, outputs=outputs, reserved=reserved)
     steps = tuple(_step(site, method, refine) for site in chosen.sites)
     return Plan(steps, query, hits={word: len(names) for word, names in chosen.hits.items()})
 
@@ -108,13 +107,9 @@ def by_pattern(sites: Iterable[Site], **patterns: Mapping[str, object]) -> Refin
             for name, fields in patterns.items()
             if any(key_matches(key, site.name) for key in fields)
         }
-        return replace(method, **found) if found else method  # type: ignore[arg-type]
+        return replace(method, **found) if found else method
 
     return refined
-
-
-def _inside(name: str, modules: Collection[str]) -> bool:
-    return any(name == module or name.startswith(module + ".") for module in modules)
 
 
 def _step(site: Site, method: Method, refine: Refine) -> Step:

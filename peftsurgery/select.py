@@ -83,8 +83,14 @@ class Selection:
     hits: Mapping[str, tuple[str, ...]]
 
 
-def select(sites: Iterable[Site], query: Query, *, outputs: Collection[str] = ()) -> Selection:
-    """The sites that `query` names, out of `sites`; `outputs` are the heads that `all-linear` passes over.
+def select(
+    sites: Iterable[Site], query: Query, *, outputs: Collection[str] = (), reserved: Collection[str] = ()
+) -> Selection:
+    """The sites that `query` names, out of `sites`.
+
+    Args:
+        outputs: heads that `all-linear` passes over.
+        reserved: modules that no word selects, nor anything in them.
 
     Raises:
         NoSiteMatched: a target, an exclusion or a layer number selects nothing.
@@ -96,7 +102,8 @@ def select(sites: Iterable[Site], query: Query, *, outputs: Collection[str] = ()
         if not names:
             raise _unmatched(word, offered)
     _check_layers(query, found)
-    selection = _narrowed(offered, query, found, excluded)
+    kept = [site.name for site in offered if any(_inside(site.name, module) for module in reserved)]
+    selection = _narrowed(offered, query, found, [*excluded.values(), kept])
     for word in selection.hits:
         if not selection.hits[word]:
             raise _emptied(word, found[word])
@@ -107,7 +114,7 @@ def chosen(sites: Iterable[Site], query: Query, *, outputs: Collection[str] = ()
     """What `select` gives, where words that select nothing are no error: for part of a model's sites."""
     offered = tuple(sites)
     found = _matches(query.targets, offered, outputs)
-    return _narrowed(offered, query, found, _matches(query.exclude_modules, offered, outputs))
+    return _narrowed(offered, query, found, _matches(query.exclude_modules, offered, outputs).values())
 
 
 def key_matches(key: str, name: str) -> bool:
@@ -193,15 +200,19 @@ def _matching(
 
 
 def _narrowed(
-    sites: Sequence[Site], query: Query, found: Mapping[str, list[str]], excluded: Mapping[str, list[str]]
+    sites: Sequence[Site], query: Query, found: Mapping[str, list[str]], excluded: Iterable[list[str]]
 ) -> Selection:
-    out = {name for names in excluded.values() for name in names}
+    out = {name for names in excluded for name in names}
     hits = {
         word: tuple(name for name in names if name not in out and (name == word or _in_layers(name, query)))
         for word, names in found.items()
     }
     kept = {name for names in hits.values() for name in names}
     return Selection(tuple(site for site in sites if site.name in kept), hits)
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
 
 
 def _in_layers(name: str, query: Query) -> bool:
@@ -230,7 +241,7 @@ def _no_layer(index: int, there: Collection[int], count: int) -> NoSiteMatched:
     unnumbered = "Name the list of layers, e.g. `layers_pattern='layers'` or 'h'."
     remedy = f"Nearest: {listing(near)}." if near else unnumbered
     return NoSiteMatched(
-        f"Layer {index} holds none of the {count} sites that the targets match. {remedy} "
+        f"Layer {index} holds none of the {_sites(count)} that the targets match. {remedy} "
         "Nothing was changed.",
         pattern=str(index),
         nearest=near,
@@ -239,8 +250,8 @@ def _no_layer(index: int, there: Collection[int], count: int) -> NoSiteMatched:
 
 def _emptied(word: str, names: Sequence[str]) -> NoSiteMatched:
     return NoSiteMatched(
-        f"{word!r} matched {len(names)} sites ({listing(names, 2)}); exclusions and layers leave none. "
-        "Drop the word or loosen them; nothing was changed.",
+        f"{word!r} matched {_sites(len(names))} ({listing(names, 2)}); exclusions, layers and saved "
+        "modules leave none. Drop the word or loosen them; nothing was changed.",
         pattern=word,
         nearest=names[:3],
     )
@@ -269,6 +280,10 @@ def _near(word: str, names: Sequence[str]) -> tuple[str, ...]:
 
 def _count(end: str, names: Sequence[str]) -> str:
     count = sum(f".{name}".endswith(f".{end}") for name in names)
+    return _sites(count)
+
+
+def _sites(count: int) -> str:
     return f"{count} site{'s' * (count != 1)}"
 
 

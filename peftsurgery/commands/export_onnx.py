@@ -100,8 +100,9 @@ def operated(
         live = model
     if not factored:
         return live, merge_live(live, *adapters) if adapters else _nothing
-    names = [surgery.inject(live, adapter, trainable=False) and adapter.name for adapter in adapters]
-    return live, lambda: [surgery.remove(live, name) for name in reversed(names)]
+    for adapter in adapters:
+        surgery.inject(live, adapter, trainable=False)
+    return live, lambda: [surgery.remove(live, adapter.name) for adapter in reversed(adapters)]
 
 
 def _nothing() -> None:
@@ -120,8 +121,9 @@ def _companions(model: nn.Module | str | Path, live: nn.Module, directory: Path)
     if isinstance(model, str | Path):
         carry(locate(model), directory)
         write_json(directory / "config.json", merged_config(locate(model), live, dtype=None, untied=False))
-    elif getattr(live, "config", None) is not None:
-        write_json(directory / "config.json", live.config.to_dict())
+        return
+    config: Any = live.config
+    write_json(directory / "config.json", config.to_dict())
 
 
 def _verified(live: nn.Module, signature: Any, directory: Path, tolerance: float | None) -> Parity:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.commands.adapter_files import save_adapter
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 Words = Word | Iterable[Word]
+WORDS = ("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
 BIAS = ("none", "lora_only", "all")
 
 
@@ -47,10 +48,9 @@ def plan(
     Args:
         targets: module names by suffix (`"query,value"`), glob, `"re:<regex>"`, `"all-linear"`, or a list.
         exclude_modules: the same words, for what stays out.
-        layers_to_transform: layer numbers, e.g. `[0, 1]` or `"0-3"`.
-        layers_pattern: the name of the list of layers, where it is not evident.
+        layers_to_transform: layer numbers, `[0, 1]` or `"0-3"`; `layers_pattern` names the list of layers.
         rank_pattern, alpha_pattern: another `r` or `lora_alpha` for names that match a key, as in PEFT.
-        modules_to_save: modules (heads) that get a trainable copy of their own; the task's heads do anyway.
+        modules_to_save: heads that get a trainable copy; the task's heads do anyway.
         bias: `none`, `lora_only` or `all`: which of the base's biases train too.
         task: the task (`seq-cls`, `SEQ_CLS`, …); by default read off the model's class.
 
@@ -61,13 +61,24 @@ def plan(
         raise PlanError(f"bias is {bias!r} and is one of {listing(BIAS)}.")
     heads = anatomy.heads(model, modules_to_save, _task(model, task))
     query = Query.of(targets, exclude_modules, layers_to_transform, layers_pattern)
+    patterns = {"r": rank_pattern, "lora_alpha": alpha_pattern}
+    chosen = _sited(model, method, query, {name: keys for name, keys in patterns.items() if keys}, heads)
+    return replace(chosen, modules_to_save=heads, bias=bias)
+
+
+def _sited(
+    model: nn.Module,
+    method: Method,
+    query: Query,
+    patterns: Mapping[str, Mapping[str, float]],
+    heads: tuple[str, ...],
+) -> Plan:
     offered, outputs = tree.sites(model), (*anatomy.output_embeddings(model), *heads)
     chosen = make_plan(offered, method, targets=query, reserved=heads, outputs=outputs)
-    patterns = {"r": rank_pattern or {}, "lora_alpha": alpha_pattern or {}}
-    if any(patterns.values()):
-        refine = by_pattern(chosen.sites, **{field: keys for field, keys in patterns.items() if keys})
-        chosen = make_plan(offered, method, targets=query, reserved=heads, outputs=outputs, refine=refine)
-    return replace(chosen, modules_to_save=heads, bias=bias)
+    if not patterns:
+        return chosen
+    refine = by_pattern(chosen.sites, **patterns)
+    return make_plan(offered, method, targets=query, reserved=heads, outputs=outputs, refine=refine)
 
 
 def inject(
@@ -92,9 +103,8 @@ def inject(
 ) -> nn.Module | Report:
     """Put a new adapter, or a trained one, on a live model; or write a fresh adapter for a model directory.
 
-    The words are those of `plan`. A live model comes back as the model to call from now on: it is
-    changed as a whole or, on any error, not at all. For a directory, `out` receives the fresh adapter
-    in PEFT's format and a Report comes back.
+    The words are those of `plan`. A live model comes back as the one to call from now on, changed as a
+    whole or, on any error, not at all. For a directory, `out` receives the adapter in PEFT's format.
 
     Args:
         method: the method (`LoRA(r=8)`), or an adapter from `load_adapter` or `remove`.
@@ -106,41 +116,35 @@ def inject(
     Raises:
         PlanError, AdapterError, FoldError: nothing has been touched.
     """
-    words = (
-        exclude_modules,
-        layers_to_transform,
-        layers_pattern,
-        rank_pattern,
-        alpha_pattern,
-        modules_to_save,
-    )
+    words = (exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern)
     if isinstance(method, Adapter):
-        _no_words(targets, *words)
+        _no_words(targets, modules_to_save, *words)
         return surgery.inject(_live(model), replace(method, name=name or method.name), trainable=trainable)
+    tree_of = _skeleton(model, task, trust_remote_code) if isinstance(model, str | Path) else model
+    chosen = _chosen(tree_of, method, targets, words, modules_to_save, bias, task)
+    if dry_run:
+        return _planned(chosen)
+    if isinstance(model, str | Path):
+        return _written(model, tree_of, chosen, name or "default", seed, task, out, trust_remote_code)
+    fresh = surgery.fresh(tree_of, chosen, name or "default", seed, _peft_task(tree_of, task))
+    return surgery.graft(tree_of, fresh, trainable=trainable)
+
+
+def _chosen(
+    model: nn.Module,
+    method: Method,
+    targets: Words | None,
+    words: tuple[Any, ...],
+    modules_to_save: Sequence[str] | None,
+    bias: str,
+    task: str | None,
+) -> Plan:
     if targets is None:
         raise PlanError(
             "No target was given. Name modules, e.g. `targets=['query', 'value']` or 'all-linear'."
         )
-    tree_of = model if not isinstance(model, str | Path) else _skeleton(model, task, trust_remote_code)
-    chosen = plan(
-        tree_of,
-        method,
-        targets,
-        exclude_modules=exclude_modules,
-        layers_to_transform=layers_to_transform,
-        layers_pattern=layers_pattern,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        modules_to_save=modules_to_save,
-        bias=bias,
-        task=task,
-    )
-    if dry_run:
-        return _planned(chosen)
-    if not isinstance(model, str | Path):
-        fresh = surgery.fresh(model, chosen, name or "default", seed, _peft_task(model, task))
-        return surgery.graft(model, fresh, trainable=trainable)
-    return _written(model, tree_of, chosen, name or "default", seed, task, out, trust_remote_code)
+    named = dict(zip(WORDS, words, strict=True))
+    return plan(model, method, targets, modules_to_save=modules_to_save, bias=bias, task=task, **named)
 
 
 def _written(

@@ -14,6 +14,7 @@ from peftsurgery.commands.fitting import fit
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.checkpoint import open_checkpoint
 from peftsurgery.disk.locate import locate
+from peftsurgery.disk.merge import Merged
 from peftsurgery.disk.merge import merge as merge_checkpoint
 from peftsurgery.disk.writer import staged, write_json
 from peftsurgery.dtypes import dtype_named
@@ -42,9 +43,9 @@ def merge(
 ) -> Undo | Report:
     """Fold adapters into W0: of a live model, of a safetensors checkpoint, or of an ONNX file.
 
-    Folding is done in float32 and rounded once. A checkpoint is streamed, one tensor at a time, into
-    a new directory that `from_pretrained` loads: config, labels and tokenizer travel along. A live
-    model is changed in place, and what comes back, called, undoes it.
+    Folding is done in float32 and rounded once. A checkpoint is streamed into a new directory that
+    `from_pretrained` loads: config, labels and tokenizer travel along. A live model is changed in
+    place, and what comes back, called, undoes it.
 
     Args:
         model: a live module, a model directory, a hub id in the local cache, or an `.onnx` file.
@@ -52,27 +53,32 @@ def merge(
         out: the directory to write (not for a live model).
         weight: a factor for each adapter's effect; 1 by default.
         untie: write a copy of a tied weight that the adapter changes for one of its names only.
-        task: the task of the merged model, where the adapter does not say it.
-        dtype: that of the output; each tensor's own by default.
-        device: where folding is computed.
-        allow_pickle, trust_remote_code: trust the adapter's pickle, the model's Python code.
-        listen: receives progress.
+        task, dtype: those of the merged model, where they are not the adapter's and the base's.
 
     Raises:
         AdapterError, FoldError, PlanError, CheckpointError: inputs and output are as they were.
     """
     given = [check(adapter) for adapter in gather(adapters, weight, allow_pickle=allow_pickle)]
     if not isinstance(model, str | Path):
-        from peftsurgery.live.merge import merge as merge_live
+        return _merge_live(model, given, untie, listen)
+    target = _place(model, out)
+    if str(model).endswith(".onnx"):
+        return _merge_graph(Path(model), given, target, listen)
+    return _merge_disk(model, given, target, untie, task, dtype, device, trust_remote_code, listen)
 
-        return merge_live(model, *given, untie=untie, listen=listen)
+
+def _merge_live(model: nn.Module, adapters: list[Adapter], untie: bool, listen: Listener) -> Undo:
+    from peftsurgery.live.merge import merge as merge_live
+
+    return merge_live(model, *adapters, untie=untie, listen=listen)
+
+
+def _place(model: str | Path, out: str | Path | None) -> Path:
     if out is None:
         raise PlanError(
             f"The merged model needs a place of its own: `peftsurgery merge {model} ADAPTER -o OUT`."
         )
-    if str(model).endswith(".onnx"):
-        return _merge_graph(Path(model), given, Path(out), listen)
-    return _merge_disk(model, given, Path(out), untie, task, dtype, device, trust_remote_code, listen)
+    return Path(out)
 
 
 def _merge_disk(
@@ -108,27 +114,27 @@ def _merge_disk(
             merged_config(base, plan.skeleton, dtype=dtype, untied=bool(plan.twins)),
         )
         write_json(directory / "peftsurgery.json", _provenance(model, adapters, done.folded, done.added))
+    return _report(model, adapters, done, type(plan.skeleton).__name__, out)
+
+
+def _report(model: str | Path, adapters: list[Adapter], done: Merged, architecture: str, out: Path) -> Report:
     facts = {
         "model": str(model),
         "adapters": [adapter.name for adapter in adapters],
-        "architecture": type(plan.skeleton).__name__,
+        "architecture": architecture,
         "folded": len(done.folded),
         "added": list(done.added),
         "size": size(done.nbytes),
         "tensors": list(done.folded),
         "out": str(out),
     }
-    return Report(
-        "merge",
-        f"Merged {len(done.folded)} of {done.num_tensors} tensors.",
-        facts,
-        hint=f"peftsurgery export-onnx {out} -o ONNX_DIR",
-    )
+    headline = f"Merged into {len(done.folded)} of {done.num_tensors} tensors."
+    return Report("merge", headline, facts, hint=f"peftsurgery export-onnx {out} -o ONNX_DIR")
 
 
 def _merge_graph(model: Path, adapters: list[Adapter], out: Path, listen: Listener) -> Report:
-    from peftsurgery.graph import merge as graph_merge
-    from peftsurgery.graph import sites as graph_sites
+    import peftsurgery.graph.merge as graph_merge
+    import peftsurgery.graph.sites as graph_sites
     from peftsurgery.graph import weights
 
     graph = weights.load(model)

@@ -18,6 +18,8 @@ from peftsurgery.commands.report import Report, size
 from peftsurgery.disk import extract, peft
 from peftsurgery.disk.checkpoint import Checkpoint, load, open_checkpoint
 from peftsurgery.disk.locate import locate
+from peftsurgery.disk.peft_config import parse
+from peftsurgery.disk.peft_keys import understood
 from peftsurgery.disk.writer import staged
 from peftsurgery.errors import PlanError, listing
 from peftsurgery.events import Listener, ignore
@@ -106,7 +108,7 @@ def _adapter(checkpoint: Checkpoint, cut: extract.Dissection, name: str, method:
     tensors = {key: load(stored[held]).clone() for key, held in cut.adapters[name].items()}
     file = checkpoint.path / peft.CONFIG
     raw = json.loads(file.read_text()) if file.is_file() else _config(tensors, method)
-    return check(peft.understood(peft.parse(raw, METHODS), tensors, name))
+    return check(understood(parse(raw, METHODS), tensors, name))
 
 
 def _config(tensors: Mapping[str, Tensor], method: Method | None) -> dict[str, object]:

@@ -54,11 +54,11 @@ def dissect(names: Iterable[str]) -> Dissection:
     Raises:
         CheckpointError: no tuner is in it, or two names mean the same tensor.
     """
-    known = {name.removeprefix(PREFIX): name for name in names}
-    wrapped = {module for name in known for module in _wrapped(name)}
+    known = [(stored.removeprefix(PREFIX), stored) for stored in names]
+    wrapped = {module for name, _ in known for module in _wrapped(name)}
     base: dict[str, str] = {}
     adapters: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, stored in known.items():
+    for name, stored in known:
         own = _parameter(name, wrapped)
         target, key = (base, _clean(name)) if own is None else (adapters[own[0]], own[1])
         if key in target:

@@ -123,11 +123,17 @@ def _rename(graph: ir.Model, model: nn.Module, names: Callable[[str], str]) -> d
 
 
 def _names(model: nn.Module, names: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
-    """For each name in the model, all names that its parameter has in a graph, the first of them first."""
-    groups: dict[int, dict[str, str]] = {}
+    """For each name in the model, all names that its parameter has: an embedding's first, then in order."""
+    tables = [place for place, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    tables_first = {f"{place}.weight" for place in tables}
+    groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        groups.setdefault(id(parameter), {})[name] = names(name)
-    return {name: tuple(dict.fromkeys(group.values())) for group in groups.values() for name in group}
+        groups.setdefault(id(parameter), []).append(name)
+    found = {}
+    for group in groups.values():
+        ordered = sorted(group, key=lambda name: name not in tables_first)
+        found.update(dict.fromkeys(group, tuple(dict.fromkeys(names(name) for name in ordered))))
+    return found
 
 
 def _dress(graph: ir.Model, signature: Signature) -> None:

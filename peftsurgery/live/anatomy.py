@@ -21,13 +21,16 @@ def output_embeddings(model: nn.Module) -> tuple[str, ...]:
 def heads(model: nn.Module, wanted: Iterable[str] | None, task: Task | None) -> tuple[str, ...]:
     """The full names of the modules that get a trainable copy: the wanted ones and the task's own.
 
+    Like PEFT, which loads what is saved of them, it takes every module whose name ends so: DistilBERT's
+    `pre_classifier` with its `classifier`.
+
     Raises:
         NoSiteMatched: a wanted one that the model has not got.
     """
     names = [name for name, _ in walk(model)]
-    implied = [name for name in names if task is not None and name in task.heads]
+    implied = task.heads if task is not None else ()
     explicit = [name for word in wanted or () for name in _head(word, names, model)]
-    return tuple(dict.fromkeys([*implied, *explicit]))
+    return tuple(name for name in names if name.endswith((*implied, *explicit)))
 
 
 def _head(word: str, names: list[str], model: nn.Module) -> list[str]:
@@ -45,5 +48,5 @@ def _head(word: str, names: list[str], model: nn.Module) -> list[str]:
 
 def label_weights(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """The (labels, hidden) weights among an adapter's heads: the last map of a classifier."""
-    ends = ("classifier.weight", "classifier.out_proj.weight", "score.weight", "qa_outputs.weight")
-    return [tensor for name, tensor in tensors.items() if name.endswith(ends)]
+    ends = (".classifier.weight", ".classifier.out_proj.weight", ".score.weight", ".qa_outputs.weight")
+    return [tensor for name, tensor in tensors.items() if f".{name}".endswith(ends)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.live.ops import operation
-from peftsurgery.method import Method, WeightMethod
+from peftsurgery.method import Method, Op, Params, WeightMethod
 from peftsurgery.site import Site
 
 
@@ -100,20 +100,27 @@ class WeightGraft(Graft):
         self.__dict__["site"] = site
 
     @property
+    def theta(self) -> Theta:
+        """The adapter's parameters here."""
+        theta = self._modules[self.label]
+        assert isinstance(theta, Theta)
+        return theta
+
+    @property
     def method(self) -> WeightMethod:
-        method = self.own.method
+        method = self.theta.method
         assert isinstance(method, WeightMethod)
         return method
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         if not self.active:
             return self.base(*args, **kwargs)  # type: ignore[no-any-return]
-        theta = self.own
+        theta, method = self.theta, self.method
         op = operation(
             self.base, leaf(self.base), self.site, theta.dropout, args, kwargs, self.effective_base
         )
-        formula = theta.method.forward if op.plain else _by_definition(theta.method)
-        return op.like_base(formula(op, op.x, theta.params()))  # type: ignore[no-any-return]
+        formula = method.forward if op.plain else _by_definition(method)
+        return op.like_base(formula(op, op.x, theta.params()))
 
     def effective_base(self) -> Tensor:
         """The (out, in) matrix of the base, with the grafts under this one folded in; float32 or wider."""
@@ -158,7 +165,7 @@ def effective(module: nn.Module, site: Site) -> Tensor:
     """The (out, in) matrix that the module, grafts and all, multiplies with; float32 or wider."""
     if isinstance(module, WeightGraft):
         below = module.effective_base()
-        wide = {name: p.to(below.dtype) for name, p in module.own.params().items()}
+        wide = {name: p.to(below.dtype) for name, p in module.theta.params().items()}
         return module.method.fold(below, wide) if module.active else below
     if isinstance(module, StandIn):
         return effective(module.own if module.active else module.base, site)
@@ -167,7 +174,7 @@ def effective(module: nn.Module, site: Site) -> Tensor:
     return site.layout.matrix(weight).to(torch.promote_types(weight.dtype, torch.float32))
 
 
-def _by_definition(method: WeightMethod) -> Any:
+def _by_definition(method: WeightMethod) -> Callable[[Op, Tensor, Params], Tensor]:
     return lambda op, x, p: WeightMethod.forward(method, op, x, p)
 
 

@@ -61,7 +61,7 @@ class ModuleOp:
         return y.to(weight.dtype)
 
     def drop(self, x: Tensor) -> Tensor:
-        return x if self.dropout is None or not x.is_floating_point() else self.dropout(x)  # type: ignore[no-any-return]
+        return x if self.dropout is None or not x.is_floating_point() else self.dropout(x)
 
     def inner(self, x: Tensor, matrix: Tensor) -> Tensor:
         raise NotImplementedError
@@ -106,7 +106,8 @@ class ConvOp(ModuleOp):
         return self.root.padding_mode == "zeros"
 
     def inner(self, x: Tensor, matrix: Tensor) -> Tensor:
-        conv, root = (F.conv1d, F.conv2d, F.conv3d)[len(self.site.shape) - 3], self.root
+        root: Any = self.root
+        conv: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[len(self.site.shape) - 3]
         kernel = matrix.reshape(-1, *self.site.shape[1:])
         return conv(x.to(matrix.dtype), kernel, None, root.stride, root.padding, root.dilation)
 

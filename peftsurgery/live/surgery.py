@@ -124,7 +124,7 @@ def taken(model: nn.Module, name: str) -> Adapter:
     for step in entry.plan.steps:
         graft = next(g for g in layers[step.site.name] if isinstance(g, WeightGraft))
         steps.append(Step(step.site, graft.method))
-        params[step.site.name] = {key: p.detach() for key, p in graft.own.params().items()}
+        params[step.site.name] = {key: p.detach() for key, p in graft.theta.params().items()}
     replaced = {}
     for place, leaves in entry.replaces:
         own = next(g for g in layers[place] if isinstance(g, StandIn)).own

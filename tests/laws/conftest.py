@@ -22,8 +22,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "subject" in metafunc.fixturenames and "subject" not in own:
         metafunc.parametrize("subject", SUBJECTS, ids=str)
     if "method" in metafunc.fixturenames:
-        methods = [method for name in ps.METHODS for method in SETTINGS[name]]
-        metafunc.parametrize("method", methods, ids=lambda method: f"{method.name}-{hash(method) % 1000}")
+        named = [(f"{name}{i}", method) for name in ps.METHODS for i, method in enumerate(SETTINGS[name])]
+        metafunc.parametrize("method", [m for _, m in named], ids=[name for name, _ in named])
 
 
 def trained(subject: Subject, method: Method, name: str = "default", seed: int = 0) -> ps.Adapter:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+import peftsurgery as ps
 from peftsurgery.disk import peft as files
 from peftsurgery.methods import METHODS
 from peftsurgery.site import Kind, Layout
@@ -145,6 +146,22 @@ def test_what_we_write_peft_loads_and_computes_the_same(saved: Any, tmp_path: Pa
     files.write(files.read(directory, METHODS), tmp_path)
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     expected = output(model)
+    assert not torch.allclose(expected, output(base), atol=1e-4)
+    torch.testing.assert_close(output(again), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("make", "target"), [(bert, "query"), (roberta, "query"), (distilbert, "q_lin")])
+def test_what_we_inject_and_save_peft_loads(
+    make: Callable[[], nn.Module], target: str, tmp_path: Path
+) -> None:
+    base = make().eval()
+    model = ps.inject(copy.deepcopy(base), ps.LoRA(r=2), targets=target, task="seq-cls")
+    with torch.no_grad():
+        for parameter in ps.trainable_parameters(model).values():
+            parameter.add_(torch.randn_like(parameter))
+    expected = output(model)
+    files.write(ps.remove(model, "default"), tmp_path)
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
     assert not torch.allclose(expected, output(base), atol=1e-4)
     torch.testing.assert_close(output(again), expected, rtol=0, atol=1e-6)
 

@@ -35,8 +35,10 @@ def test_reserved_modules_are_never_targeted() -> None:
     assert [site.name for site in plan(SITES, LoRA(), targets="all-linear", reserved={"score"}).sites] == [
         f"h.{layer}.attn.c_attn" for layer in range(3)
     ]
-    with pytest.raises(NoSiteMatched):
+    with pytest.raises(NoSiteMatched, match=r"'score' matched 1 site"):
         plan(SITES, LoRA(), targets="score", reserved={"score"})
+    excluding = Query.of("all-linear", exclude_modules="score")
+    assert len(plan(SITES, LoRA(), targets=excluding, reserved={"score"}).steps) == 3
 
 
 def test_a_site_that_cannot_carry_the_method_is_refused_by_name() -> None:
