@@ -78,15 +78,16 @@ def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def chosen_method(options: dict[str, Any]) -> Callable[[], Any]:
-    """Take what says a method out of a command's options; called, it makes the method."""
+def chosen_method(options: dict[str, Any], *, needed: bool = True) -> Callable[[], Any]:
+    """Take what says a method out of a command's options; called, it makes the method, or None of no words."""
     common = {name: options.pop(name) for name in ("r", "lora_alpha", "lora_dropout")}
     settings, word = options.pop("settings"), options.pop("method")
 
     def make() -> Any:
         from peftsurgery.commands.words import method_named
 
-        return method_named(word, settings, common)
+        said = needed or settings or any(value is not None for value in common.values())
+        return method_named(word, settings, common) if said else None
 
     return make
 
@@ -185,7 +186,7 @@ def remove_command(**options: Any) -> None:
     """Take the tuner modules out of a checkpoint that was saved with them inside."""
     from peftsurgery.commands.remove import remove
 
-    flags, method = shown(options), chosen_method(options)
+    flags, method = shown(options), chosen_method(options, needed=False)
     run(flags, lambda listen: remove(listen=listen, method=method(), **options))
 
 

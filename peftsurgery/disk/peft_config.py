@@ -66,6 +66,8 @@ class Config:
     modules_to_save: tuple[str, ...]
     task_type: str | None
     base: str | None
+    twins: bool = False
+    """Whether the file may hold a tied twin's tensors too, which its words do not name."""
 
 
 def parse(raw: Mapping[str, object], methods: Mapping[str, type[Method]]) -> Config:
@@ -90,6 +92,7 @@ def parse(raw: Mapping[str, object], methods: Mapping[str, type[Method]]) -> Con
         modules_to_save=_names(raw, "modules_to_save"),
         task_type=_text(raw, "task_type"),
         base=_text(raw, "base_model_name_or_path"),
+        twins=bool(raw.get("ensure_weight_tying")),
     )
 
 

@@ -153,7 +153,7 @@ def _hits(sites: Sequence[Site], config: Config) -> dict[str, int]:
     selection = chosen(sites, config.query)
     selected = set(selection.sites)
     stray = [site.name for site in sites if site not in selected]
-    if stray:
+    if stray and not config.twins:
         raise MismatchedTensors(
             f"The adapter's file holds tensors for {listing(stray)}, which the words of its configuration "
             f"({listing(tuple(selection.hits))}) do not select. The two files are not of one adapter.",

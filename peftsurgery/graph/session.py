@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,8 @@ class Session:
         _available(wanted if providers else [])
         if CUDA in wanted:
             # The wheels of NVIDIA's libraries are found this way, and so are the ones beside torch.
-            ort.preload_dlls()
+            with redirect_stdout(sys.stderr):  # what it misses, it prints; stdout is for reports
+                ort.preload_dlls()
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -74,7 +78,16 @@ class Session:
 def _default() -> list[str]:
     import onnxruntime as ort
 
-    return [name for name in (CUDA, CPU) if name in ort.get_available_providers()]
+    return [CUDA, CPU] if CUDA in ort.get_available_providers() and _has_driver() else [CPU]
+
+
+def _has_driver() -> bool:
+    """Whether NVIDIA's driver is here: the CUDA build of ONNX Runtime names its provider on every machine."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _available(wanted: Sequence[str]) -> None:
