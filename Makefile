@@ -57,7 +57,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.injection
 
 docs: $(DOCS_READY)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'The documentation is at build/site/index.html'
 
 fixtures: $(READY)

@@ -116,15 +116,30 @@ def rebased(adapter: Adapter, sites: Iterable[Site], names: Collection[str] = ()
     rename = max(renames(wanted, offered), key=lambda r: sum(r(name) in offered for name in wanted))
     _claim(adapter, rename, offered)
     steps = tuple(Step(offered[rename(step.site.name)], step.method) for step in adapter.plan.steps)
-    moved = replace(
+    rebased = replace(
         adapter,
         plan=replace(adapter.plan, steps=steps),
         params={rename(site): params for site, params in adapter.params.items()},
         replaced={_landing(name, rename, names): tensor for name, tensor in adapter.replaced.items()},
     )
-    for step in moved.plan.steps:
-        _check_site(step, moved.params[step.site.name])
-    return moved, rename
+    for step in rebased.plan.steps:
+        _check_site(step, rebased.params[step.site.name])
+    return rebased, rename
+
+
+def moved(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+    """The adapter for a place that calls some tensors otherwise: `names` gives the new name of a tensor."""
+
+    def site(name: str) -> str:
+        return names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+
+    steps = tuple(Step(replace(s.site, name=site(s.site.name)), s.method) for s in adapter.plan.steps)
+    return replace(
+        adapter,
+        plan=replace(adapter.plan, steps=steps),
+        params={site(name): params for name, params in adapter.params.items()},
+        replaced={names.get(name, name): tensor for name, tensor in adapter.replaced.items()},
+    )
 
 
 def _landing(name: str, rename: Rename, names: Collection[str]) -> str:

@@ -106,7 +106,7 @@ def run(shown: Mapping[str, Any], call: Callable[..., Any]) -> None:
         sys.exit(EXIT_FAILED)
     except KeyboardInterrupt:
         click.echo("Interrupted; inputs are untouched and nothing was left behind.", err=True)
-        sys.exit(130)
+        sys.exit(EXIT_FAILED)
     if shown["as_json"]:
         click.echo(report.to_json())
     elif not shown["quiet"]:

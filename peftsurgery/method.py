@@ -59,9 +59,13 @@ class Method(ABC):
 
     def check(self, site: Site) -> str | None:
         """Why the method cannot be put at `site`, as the end of a sentence; None if it can."""
-        if site.kind not in self.kinds:
-            return f"is a {site.kind.value}, which {self.name} has no formula for"
-        return None
+        if site.kind is Kind.OTHER:
+            return "has a weight that is quantised, grouped, a norm's, or read by its parent directly"
+        return (
+            None
+            if site.kind in self.kinds
+            else f"is for {site.kind.value}, which {self.name} has no formula for"
+        )
 
     @abstractmethod
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from peftsurgery.adapter import Adapter, rebased
+from peftsurgery.adapter import Adapter, moved, rebased
 from peftsurgery.disk.checkpoint import Checkpoint, load
-from peftsurgery.errors import AdapterError, CheckpointError, listing
+from peftsurgery.errors import AdapterError, CheckpointError, NotFoldable, listing
 from peftsurgery.fold import folded, touches
 from peftsurgery.live import anatomy, pretrained
 from peftsurgery.live.sites import sites, ties
-from peftsurgery.rename import Rename, renames
+from peftsurgery.live.pretrained import Loading
+from peftsurgery.rename import renames
 from peftsurgery.tasks import Task, task
 from peftsurgery.ties import settle
 
@@ -25,14 +26,14 @@ class Fit:
 
     Args:
         skeleton: that model on the meta device.
-        adapters: in its names.
-        rename: from the checkpoint's names to its names.
+        adapters: in the names of the output.
+        rename: from the checkpoint's names to the output's.
         twins: tied names that the output must hold by itself → the name that holds their value now.
     """
 
     skeleton: nn.Module
     adapters: tuple[Adapter, ...]
-    rename: Rename
+    rename: Callable[[str], str]
     twins: Mapping[str, str]
 
 
@@ -49,6 +50,7 @@ def fit(
     Raises:
         UnclaimedSites, MismatchedTensors: an adapter was trained on another base.
         TiedSites: a tied weight would be folded behind its twin's back.
+        NotFoldable: a weight that transformers assembles from several tensors.
         CheckpointError: the model would lack weights.
     """
     skeleton = pretrained.skeleton(
@@ -57,21 +59,46 @@ def fit(
         labels=labels(adapters),
         trust_remote_code=trust_remote_code,
     )
-    state = skeleton.state_dict()
-    rename = best(checkpoint.tensors, state)
+    state, loading = skeleton.state_dict(), pretrained.loading(skeleton, checkpoint.tensors)
     fitted = [rebased(adapter, sites(skeleton), state)[0] for adapter in adapters]
+    _refuse_assembled(fitted, loading)
     groups = ties(skeleton)
-    stored = {rename(name): name for name in checkpoint.tensors}
+    stored = {live: name for name, live in loading.names.items()}
     _complete(skeleton, checkpoint.path, groups, {*stored, *(n for a in fitted for n in a.replaced)})
     fitted, split = _settled(checkpoint, stored, groups, fitted, untie)
     twins = {twin: holder for group in split for twin, holder in _twins(group, stored).items()}
-    return Fit(skeleton, tuple(fitted), rename, twins)
+    written = _written(loading, checkpoint.tensors, state)
+    spelled = {live: written(name) for live, name in stored.items()}
+    return Fit(
+        skeleton,
+        tuple(moved(adapter, spelled) for adapter in fitted),
+        written,
+        {twin: spelled[holder] for twin, holder in twins.items()},
+    )
 
 
-def best(names: Iterable[str], wanted: Mapping[str, object]) -> Rename:
-    """The renaming of `names` that finds most of `wanted`; the plainest of equals."""
+def _written(loading: Loading, names: Iterable[str], state: Mapping[str, object]) -> Callable[[str], str]:
+    """What the output calls a tensor: what the base calls it, with the prefix that the output's class needs.
+
+    Old spellings become today's; a model whose names transformers maps in other ways keeps its own.
+    """
     known = list(names)
-    return max(renames(known, wanted), key=lambda r: sum(r(name) in wanted for name in known))
+    prefix = max(renames(known, state), key=lambda r: sum(r(name) in state for name in known))
+
+    def written(name: str) -> str:
+        legacy = name.endswith((".gamma", ".beta"))
+        return loading.names[name] if legacy and loading.names[name] in state else prefix(name)
+
+    return written
+
+
+def _refuse_assembled(adapters: Sequence[Adapter], loading: Loading) -> None:
+    hit = sorted(set(touches(*adapters)) & loading.assembled)
+    if hit:
+        raise NotFoldable(
+            f"{listing(hit)} is not in the checkpoint as such: transformers assembles it on loading. Load the model, "
+            "merge it live (`peftsurgery.merge(model, adapter)`) and save it; nothing was written."
+        )
 
 
 def common_task(adapters: Sequence[Adapter], word: str | None) -> Task | None:

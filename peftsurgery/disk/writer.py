@@ -166,7 +166,7 @@ def _raw(entry: Entry, coming: tuple[str, Tensor] | None) -> memoryview:
         raise CheckpointError(
             f"{entry.name!r} was announced as {entry.dtype} {entry.shape} and {came} came. Nothing was kept."
         )
-    return coming[1].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return coming[1].detach().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _put(handle: FileIO, data: bytes | memoryview) -> None:

@@ -83,7 +83,7 @@ def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
             input_names=[port.name for port in signature.inputs],
             output_names=[port.name for port in signature.outputs],
         )
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+    except Exception as error:  # dynamo's, torch.export's and the model's own share no base
         why = str(error).strip().splitlines()
         raise UnsupportedModel(
             f"torch cannot trace {type(flat.wrapped).__name__} to opset {opset}: {why[0] if why else error!r} "

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -13,104 +12,154 @@ import numpy as np
 import numpy.typing as npt
 
 from peftsurgery.errors import ExportError
+from peftsurgery.graph.signature import BATCH, LENGTH, RECORDED, Port, Signature, longest
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 WORDS = {"cpu": CPU, "cuda": CUDA}
+ERRORS, FATAL, USUAL = 3, 4, 2
+"""ONNX Runtime's log levels."""
 
 
 class Session:
-    """One graph, ready to run.
+    """One graph, ready to run: a callable from inputs by name to outputs by name.
 
     Args:
         path: the `.onnx` file.
-        providers: where to run, best first: `cuda`, `cpu`, or ONNX Runtime's names. By default CUDA
-            where it works, and the CPU otherwise.
-        threads: for one operation; 0 lets ONNX Runtime choose.
+        providers: where to run, best first: `cuda`, `cpu`, or ONNX Runtime's own names. By default
+            CUDA where it works, and the CPU otherwise.
+        threads: that one operation may use; 0 lets ONNX Runtime choose.
+
+    Attributes:
+        provider: where it really runs, in ONNX Runtime's word.
+        remark: why it does not run on CUDA, where the installed ONNX Runtime could.
 
     Raises:
         ExportError: a provider that was asked for does not work here, or ONNX Runtime refuses the graph.
     """
 
     def __init__(self, path: Path | str, providers: Sequence[str] | None = None, *, threads: int = 0) -> None:
-        import onnxruntime as ort
-
-        wanted = [WORDS.get(word, word) for word in providers or _default()]
-        _available(wanted if providers else [])
-        if CUDA in wanted:
-            # The wheels of NVIDIA's libraries are found this way, and so are the ones beside torch.
-            with redirect_stdout(sys.stderr):  # what it misses, it prints; stdout is for reports
-                ort.preload_dlls()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=wanted)
-        except Exception as error:  # ONNX Runtime's own classes share no public base
-            raise ExportError(f"ONNX Runtime refuses {path}: {_first(error)}. Export it anew.") from error
-        if providers and self.provider != wanted[0]:
-            raise ExportError(_unloaded(wanted[0]))
-
-    @property
-    def provider(self) -> str:
-        """Where it really runs, in ONNX Runtime's word."""
-        return self._session.get_providers()[0]  # type: ignore[no-any-return]
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The names of the inputs, in order."""
-        return tuple(port.name for port in self._session.get_inputs())
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """The names of the outputs, in order."""
-        return tuple(port.name for port in self._session.get_outputs())
+        wanted = _asked(providers) if providers else _default()
+        self._session, said = _open(path, wanted, threads)
+        self.provider: str = self._session.get_providers()[0]
+        self.remark = "" if self.provider == wanted[0] else _unloaded(wanted[0], said)
+        if providers and self.remark:
+            raise ExportError(self.remark)
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
-        """The outputs by name; a feed that the graph does not take is left out."""
-        given = {name: np.ascontiguousarray(feeds[name]) for name in self.inputs}
-        return dict(zip(self.outputs, self._session.run(None, given), strict=True))
+        """The outputs by name; a feed that the graph does not take is left out.
+
+        Raises:
+            ExportError: an input of the graph is not fed.
+        """
+        names = [port.name for port in self._session.get_inputs()]
+        lost = [name for name in names if name not in feeds]
+        if lost:
+            raise ExportError(
+                f"The graph takes {lost[0]!r}, and the feeds are {', '.join(feeds)}. Feed it too."
+            )
+        given = {name: np.ascontiguousarray(feeds[name]) for name in names}
+        outputs = [port.name for port in self._session.get_outputs()]
+        return dict(zip(outputs, self._session.run(None, given), strict=True))
 
     def __call__(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         return self.run(feeds)
+
+    def signature(self, config: Mapping[str, Any] | None = None) -> Signature:
+        """What the graph says of itself; the model's `config.json` fills in what it does not.
+
+        Raises:
+            ExportError: the size of the vocabulary is said nowhere.
+        """
+        said = {**(config or {}), **self._recorded()}
+        if "vocab_size" not in said:
+            raise ExportError("The graph does not say its vocab_size. Put the model's config.json beside it.")
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        axes = dict(zip(inputs[0].shape, (BATCH, LENGTH), strict=False))
+        pad = int(said.get("pad_id", said.get("pad_token_id")) or 0)
+        return Signature(
+            inputs=tuple(_port(port, axes) for port in inputs),
+            outputs=tuple(_port(port, axes) for port in outputs),
+            task=str(said.get("task", "")),
+            vocab_size=int(said["vocab_size"]),
+            pad_id=pad,
+            type_vocab_size=int(said.get("type_vocab_size") or 1),
+            longest=int(said.get("longest", longest(said.get("max_position_embeddings"), pad))),
+        )
+
+    def _recorded(self) -> dict[str, str]:
+        facts = self._session.get_modelmeta().custom_metadata_map
+        return {
+            name.removeprefix(RECORDED): fact for name, fact in facts.items() if name.startswith(RECORDED)
+        }
 
 
 def _default() -> list[str]:
     import onnxruntime as ort
 
-    return [CUDA, CPU] if CUDA in ort.get_available_providers() and _has_driver() else [CPU]
+    return [name for name in (CUDA, CPU) if name in ort.get_available_providers()]
 
 
-def _has_driver() -> bool:
-    """Whether NVIDIA's driver is here: the CUDA build of ONNX Runtime names its provider on every machine."""
-    try:
-        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    except OSError:
-        return False
-    return True
-
-
-def _available(wanted: Sequence[str]) -> None:
+def _asked(words: Sequence[str]) -> list[str]:
     import onnxruntime as ort
 
-    here = ort.get_available_providers()
+    here, wanted = ort.get_available_providers(), [WORDS.get(word.lower(), word) for word in words]
     lost = [name for name in wanted if name not in here]
-    if lost == [CUDA]:
+    if CUDA in lost:
         raise ExportError(
-            f"The installed onnxruntime {ort.__version__} has no CUDA provider. Uninstall `onnxruntime` and "
+            f"The installed onnxruntime {ort.__version__} is built for the CPU alone. Uninstall `onnxruntime`, "
             "install `onnxruntime-gpu[cuda,cudnn]`, or run on the CPU (`providers=['cpu']`)."
         )
     if lost:
         raise ExportError(f"The installed onnxruntime has no {lost[0]}. It has {', '.join(here)}.")
+    return wanted
 
 
-def _unloaded(provider: str) -> str:
+def _open(path: Path | str, wanted: list[str], threads: int) -> tuple[Any, str]:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = ERRORS
+    with _captured() as said:
+        if CUDA in wanted:
+            # Finds the libraries in the wheels that `onnxruntime-gpu[cuda,cudnn]` brings, and those of torch.
+            ort.preload_dlls()
+        try:
+            return ort.InferenceSession(str(path), options, providers=wanted), said.getvalue()
+        except Exception as error:  # ONNX Runtime's errors have no public base
+            raise ExportError(
+                f"ONNX Runtime refuses {path}: {_first(str(error))} Name another provider, or export in float32."
+            ) from error
+
+
+@contextmanager
+def _captured() -> Iterator[io.StringIO]:
+    """What ONNX Runtime prints and logs about providers that do not start, which `remark` says better."""
+    import onnxruntime as ort
+
+    ort.set_default_logger_severity(FATAL)
+    try:
+        with redirect_stdout(io.StringIO()) as said:
+            yield said
+    finally:
+        ort.set_default_logger_severity(USUAL)
+
+
+def _unloaded(provider: str, said: str) -> str:
+    why = next((line for line in said.splitlines() if "Failed to load" in line or "failure" in line), "")
     return (
-        f"{provider} was asked for and did not start: a library of CUDA or cuDNN is missing, or no device is "
-        "visible. Install `onnxruntime-gpu[cuda,cudnn]`, look at `nvidia-smi`, or run on the CPU "
-        "(`providers=['cpu']`)."
+        f"{provider} did not start: {why.strip() or 'no device is visible, or a library of CUDA or cuDNN is missing'}. "
+        "Install `onnxruntime-gpu[cuda,cudnn]` and look at `nvidia-smi`, or run on the CPU (`providers=['cpu']`)."
     )
 
 
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _port(node: Any, axes: Mapping[Any, str]) -> Port:
+    kind = node.type.removeprefix("tensor(").removesuffix(")")
+    return Port(
+        node.name, {"float": "float32"}.get(kind, kind), tuple(axes.get(axis, axis) for axis in node.shape)
+    )
+
+
+def _first(text: str) -> str:
+    return (text.strip().splitlines() or ["it gives no reason."])[0]

@@ -96,9 +96,14 @@ def signature(model: nn.Module, task: str | None = None) -> Signature:
         vocab_size=config.vocab_size,
         pad_id=pad,
         type_vocab_size=types,
-        # RoBERTa's positions start after the padding id, so its last ones are out of reach.
-        longest=max(0, (getattr(config, "max_position_embeddings", None) or 0) - pad - 1),
+        longest=longest(getattr(config, "max_position_embeddings", None), pad),
     )
+
+
+def longest(positions: int | None, pad_id: int) -> int:
+    """The longest input for so many positions; 0 where there is no bound."""
+    # RoBERTa's positions start after the padding's id, so its last ones are out of reach.
+    return max(0, (positions or 0) - pad_id - 1)
 
 
 def call(model: nn.Module, feeds: Mapping[str, Tensor]) -> Mapping[str, Any]:
@@ -144,8 +149,13 @@ def _task(model: nn.Module, word: str | None) -> Task:
 def _probe(model: nn.Module, names: list[str]) -> Mapping[str, Any]:
     device = next(model.parameters()).device
     feeds = {name: torch.full((2, 3), int(name != "token_type_ids"), device=device) for name in names}
-    with evaluating(model):
-        return call(model, feeds)
+    try:
+        with evaluating(model):
+            return call(model, feeds)
+    except Exception as error:  # whatever the model's own code raises
+        raise UnsupportedModel(
+            f"{_name(model)} does not run on plain tokens: {error} Make the model work in torch first."
+        ) from error
 
 
 def _offered(model: nn.Module, task: Task, given: Mapping[str, Any]) -> list[tuple[str, bool]]:

@@ -68,18 +68,18 @@ def _role(value: ir.Value) -> Role:
     return roles.pop() if len(roles) == 1 else OTHER
 
 
-def _roles(value: ir.Value) -> Iterator[Role]:
+def _roles(value: ir.Value, rank: int | None = None) -> Iterator[Role]:
+    rank = rank or (0 if value.shape is None else value.shape.rank())
     for node, index in value.uses():
         if swaps(node):
-            yield from ((kind, FLIPPED[layout]) for kind, layout in _roles(node.outputs[0]))
+            yield from ((kind, FLIPPED[layout]) for kind, layout in _roles(node.outputs[0], rank))
         elif node.op_type in ("Identity", "Cast"):
-            yield from _roles(node.outputs[0])
+            yield from _roles(node.outputs[0], rank)
         else:
-            yield _use(node, index, value)
+            yield _use(node, index, rank)
 
 
-def _use(node: ir.Node, index: int, value: ir.Value) -> Role:
-    rank = 2 if value.shape is None else value.shape.rank()
+def _use(node: ir.Node, index: int, rank: int) -> Role:
     match node.op_type, index, rank:
         case "MatMul", 1, 2:
             return Kind.LINEAR, Layout.IN_OUT

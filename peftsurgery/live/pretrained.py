@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,36 @@ def skeleton(
         model = cls(found) if not hasattr(cls, "_model_mapping") else cls.from_config(found)
     model.tie_weights()
     return model.eval()  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """How transformers turns a checkpoint's tensors into a model's parameters.
+
+    Args:
+        names: the checkpoint's names → the model's; old spellings (`gamma`) and prefixes are resolved.
+        assembled: parameters that are computed from several tensors, or from one by more than its name.
+    """
+
+    names: Mapping[str, str]
+    assembled: frozenset[str]
+
+
+def loading(model: nn.Module, names: Iterable[str]) -> Loading:
+    """What `from_pretrained` would make of these names; only names are looked at."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    pretrained: Any = model
+    transforms = get_model_conversion_mapping(pretrained)
+    spelled = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    built = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    state = model.state_dict()
+    found = {
+        name: rename_source_key(name, spelled, built, pretrained.base_model_prefix, state) for name in names
+    }
+    assembled = frozenset(live for live, pattern in found.values() if pattern is not None)
+    return Loading({name: live for name, (live, _) in found.items()}, assembled)
 
 
 def _mapped(auto: Any, config: Any, trust_remote_code: bool) -> Any:

@@ -12,7 +12,12 @@ import pytest
 import torch
 from click.testing import Result
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import peftsurgery as ps
 from tests.cli.conftest import adapter_for, digest
@@ -234,7 +239,8 @@ def test_interrupted(
     monkeypatch.setattr("os.fsync", interrupt)
     result = run("merge", llama, llama_adapter, "-o", tmp_path / "out")
     monkeypatch.undo()
-    assert result.exit_code == 130
+    assert result.exit_code == 1
+    assert "Interrupted" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert digest(llama) == before
 
@@ -252,3 +258,52 @@ def test_code_is_never_run_unasked(run: Run, llama: Path, llama_adapter: Path, t
     assert result.exit_code == 1
     assert "--trust-remote-code" in result.stderr
     assert not (tmp_path / "ran").exists()
+
+
+def test_old_spellings(run: Run, bert: Path, bert_adapter: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(bert, tmp_path / "base"))
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = load_file(base / "model.safetensors")
+    spelled = {
+        next((n.replace(k, v) for k, v in old.items() if n.endswith(k)), n): t for n, t in tensors.items()
+    }
+    assert spelled.keys() != tensors.keys()
+    save_file(spelled, base / "model.safetensors", metadata={"format": "pt"})
+    assert run("merge", base, bert_adapter, "-o", tmp_path / "old").exit_code == 0
+    assert run("merge", bert, bert_adapter, "-o", tmp_path / "new").exit_code == 0
+    old_model, new_model = (
+        load_checked(tmp_path / n, AutoModelForSequenceClassification) for n in ("old", "new")
+    )
+    assert torch.equal(logits(old_model), logits(new_model))
+
+
+def test_experts_that_transformers_stacks_on_loading(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=99,
+        num_local_experts=4,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "base")
+    assert any("experts.0" in name for name in load_file(tmp_path / "base" / "model.safetensors"))
+    adapter = adapter_for(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), "q_proj,o_proj", tmp_path / "adapter"
+    )
+    result = run("merge", tmp_path / "base", adapter, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    merged = load_checked(tmp_path / "out", AutoModelForCausalLM)
+    grafted = ps.inject(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), ps.load_adapter(adapter))
+    assert (logits(merged) - logits(grafted)).abs().max() <= 1e-5
+
+
+def test_a_base_that_lacks_what_the_class_needs(run: Run, bert: Path, tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(bert)
+    adapter = adapter_for(model, "query", tmp_path / "adapter", task="feature-extraction")
+    result = run("merge", bert, adapter, "-o", tmp_path / "out", "--task", "seq-cls")
+    assert result.exit_code == 1
+    assert "'classifier.weight'" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -34,7 +34,7 @@ from peftsurgery.errors import (
     UnclaimedSites,
     UnsupportedSite,
 )
-from peftsurgery.events import Event
+from peftsurgery.events import Event, ignore
 from peftsurgery.methods.lora import LoRA
 from peftsurgery.planning import Plan, Step
 from peftsurgery.rename import Rename
@@ -159,6 +159,7 @@ def test_a_head_that_the_base_lacks_is_added_in_the_bases_dtype(tmp_path: Path) 
     assert done.added == tuple(head)
     assert torch.equal(after["classifier.weight"], head["classifier.weight"].to(torch.bfloat16))
     assert torch.equal(after["classifier.steps"], head["classifier.steps"])
+    assert after["classifier.steps"].dtype is torch.int64
 
 
 def test_a_head_that_the_base_has_is_replaced(tmp_path: Path) -> None:
@@ -303,17 +304,26 @@ def test_what_the_base_lacks_is_named(tmp_path: Path) -> None:
         adapter(Site(QUERY.name, Kind.LINEAR, (6, 9))),
         adapter(Site(QUERY.name, Kind.LINEAR, (8, 6))),
         adapter(replaced={QUERY.bias: torch.ones(7)}),
+        adapter(MIX, lora_bias=True),
         adapter(Site("layer.1.c_attn", Kind.LINEAR, (12, 8))),
     ],
-    ids=["size", "turned", "head", "layout"],
+    ids=["size", "turned", "head", "bias", "layout"],
 )
 def test_another_shape_is_refused(one: Adapter, tmp_path: Path) -> None:
-    refuses(base(tmp_path / "base", base_tensors()), one, MismatchedTensors, "nothing was written")
+    tensors = {**base_tensors(), MIX.bias: torch.ones(8)}
+    refuses(base(tmp_path / "base", tensors), one, MismatchedTensors, "nothing was written")
 
 
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     path = base(tmp_path / "base", {"a.weight": torch.ones(1), "x.a.weight": torch.ones(1)})
     refuses(path, adapter(), CheckpointError, r"both be called 'a\.weight'", rename=Rename(drops="x"))
+
+
+def test_a_stream_that_brings_more_than_was_announced_is_an_error(tmp_path: Path) -> None:
+    files = parts.outline(open_checkpoint(base(tmp_path / "base", base_tensors())), lambda name: name)
+    coming = [*parts.staying(files), ("more", torch.ones(1))]
+    with pytest.raises(CheckpointError, match="'more' came"):
+        parts.write_parts(tmp_path, files, coming, None, ignore)
 
 
 def refuses(path: Path, one: Adapter, kind: type[SurgeryError], message: str, **options: Any) -> SurgeryError:

@@ -1,4 +1,4 @@
-"""A checkpoint saved with tuners inside comes apart into the base as it was and the adapter as PEFT saves it."""
+"""A checkpoint saved with tuners inside comes apart: the base as it was, the adapter as PEFT saves it."""
 
 from __future__ import annotations
 
@@ -114,6 +114,7 @@ def test_experts_that_are_tuned_one_around_the_other_come_apart() -> None:
         "e.base_layer.base_layer.down": "e.down",
         "e.base_layer.lora_A.default.weight": f"{PREFIX}e.base_layer.lora_A.weight",
         "e.lora_A.default.weight": f"{PREFIX}e.lora_A.weight",
+        "e.base_layer.scale.default": f"{PREFIX}e.base_layer.scale",
     }
     base = {own: stored for stored, own in names.items() if not own.startswith(PREFIX)}
     adapter = {key: stored for stored, key in names.items() if key.startswith(PREFIX)}
