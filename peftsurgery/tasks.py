@@ -12,7 +12,7 @@ class Task:
     """One task.
 
     Args:
-        name: the pipeline word (`text-classification` models are `sequence-classification` here, as in optimum's tasks).
+        name: what Hugging Face calls it (`text-classification` is `sequence-classification` here).
         peft: PEFT's `task_type`.
         auto: the transformers class that loads a model for it.
         suffix: how the class names of such models end.

@@ -13,8 +13,8 @@ from peftsurgery.disk.checkpoint import Checkpoint, load
 from peftsurgery.errors import AdapterError, CheckpointError, NotFoldable, listing
 from peftsurgery.fold import folded, touches
 from peftsurgery.live import anatomy, pretrained
-from peftsurgery.live.sites import sites, ties
 from peftsurgery.live.pretrained import Loading
+from peftsurgery.live.sites import sites, ties
 from peftsurgery.rename import renames
 from peftsurgery.tasks import Task, task
 from peftsurgery.ties import settle

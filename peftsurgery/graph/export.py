@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from peftsurgery.errors import ExportError, UnsupportedModel
 from peftsurgery.graph import passes, sites
+from peftsurgery.graph.inputs import generated
 from peftsurgery.graph.posture import eager, evaluating
-from peftsurgery.graph.signature import RECORDED, Port, Signature, call
+from peftsurgery.graph.signature import RECORDED, Signature, call
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 OPSET = 20
 """What most runtimes run; from 23 on, onnxscript fuses rotary embeddings in a way that ORT refuses."""
-ROWS, COLUMNS = 2, 11
 PREFIX = "wrapped."
 
 
@@ -69,7 +69,7 @@ def trace(
 
 
 def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
-    sample = tuple(_sample(port, signature, flat) for port in signature.inputs)
+    sample = _sample(flat)
     free = tuple(dict.fromkeys(range(2), torch.export.Dim.DYNAMIC) for _ in sample)
     try:
         program = torch.onnx.export(
@@ -86,23 +86,22 @@ def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
     except Exception as error:  # dynamo's, torch.export's and the model's own share no base
         why = str(error).strip().splitlines()
         raise UnsupportedModel(
-            f"torch cannot trace {type(flat.wrapped).__name__} to opset {opset}: {why[0] if why else error!r} "
+            f"torch cannot trace {_class(flat)} to opset {opset}: {why[0] if why else error!r} "
             "Export its architecture's standard variant, or report it with this message."
         ) from error
     assert program is not None
     return program.model
 
 
-def _sample(port: Port, signature: Signature, flat: Flat) -> Tensor:
+def _sample(flat: Flat) -> tuple[Tensor, ...]:
     # Neither axis is 0 or 1 long, and a row is padded: a mask of ones would be traced away.
-    values = torch.ones(ROWS, COLUMNS, dtype=torch.long, device=next(flat.parameters()).device)
-    if port.name == "attention_mask":
-        values[-1, COLUMNS // 2 :] = 0
-    elif port.name == "token_type_ids":
-        values.zero_()
-    elif signature.pad_id == 1:
-        values.fill_(min(2, signature.vocab_size - 1))
-    return values
+    (feed,) = generated(flat.signature, [(2, 11)])
+    device = next(flat.parameters()).device
+    return tuple(torch.tensor(feed[port.name], device=device) for port in flat.signature.inputs)
+
+
+def _class(flat: Flat) -> str:
+    return type(flat.wrapped).__name__
 
 
 def _rename(graph: ir.Model, model: nn.Module, names: Callable[[str], str]) -> dict[str, tuple[str, ...]]:

@@ -34,8 +34,8 @@ def merge(model: ir.Model, adapters: Sequence[Adapter], listen: Listener = ignor
     for names in ties(model):
         if names[0] in touched:
             raise TiedSites(
-                f"{names[0]!r} is also {listing(names[1:])}, and folding it would change both. Merge into the "
-                "checkpoint with `--untie` and export what comes out; nothing was changed.",
+                f"{names[0]!r} is also {listing(names[1:])}, and folding it would change both. Merge into "
+                "the checkpoint with `--untie` and export what comes out; nothing was changed.",
                 names=names,
             )
     new = dict(folded(tensors(model, touched), *fitting, listen=listen))
@@ -66,8 +66,8 @@ def _stored(model: ir.Model, name: str, tensor: Tensor) -> Tensor:
     stored = tensor.t() if TURNED in value.metadata_props else tensor
     if value.shape is None or tuple(value.shape) != tuple(stored.shape):
         raise MismatchedTensors(
-            f"{name!r} has shape {tuple(stored.shape)} in the adapter and {value.shape} in the graph. Export the "
-            "model with as many labels as the adapter has; nothing was changed.",
+            f"{name!r} has shape {tuple(stored.shape)} in the adapter and {value.shape} in the graph. "
+            "Export the model with as many labels as the adapter has; nothing was changed.",
             unexpected=[name],
         )
     return stored

@@ -1,4 +1,4 @@
-"""Is what runs the thing that was trained? Two runners, the same inputs, compared where tokens are attended."""
+"""Is what runs the thing that was trained? Two runners, the same inputs, compared at attended tokens."""
 
 from __future__ import annotations
 
@@ -7,18 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import nn
 
 from peftsurgery.errors import ParityError
+from peftsurgery.graph.inputs import SHAPES, Array, generated
 from peftsurgery.graph.posture import evaluating
 from peftsurgery.graph.signature import Port, Signature, call
 
-Array = npt.NDArray[Any]
 Runner = Callable[[Mapping[str, Array]], Mapping[str, Array]]
-SHAPES = ((1, 8), (3, 17), (2, 64))
-"""Rows and columns of the generated batches; all but the first row of each are padded."""
 SCORED = frozenset({"logits", "start_logits", "end_logits"})
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -28,7 +25,8 @@ class Row:
     """One output on one batch.
 
     Args:
-        max_abs_diff, mean_abs_diff: over the attended positions; infinite where only one side is finite.
+        max_abs_diff, mean_abs_diff: over the attended positions; infinite where only one side is finite,
+            or where an output is missing or has another shape.
         top1_agreement: share of equal decisions, where the output decides something.
     """
 
@@ -81,7 +79,8 @@ class Parity:
 
     def __str__(self) -> str:
         agreed = "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.1%}"
-        return f"max |Δ| {self.max_abs_diff:.2e} (tolerance {self.tolerance:.0e}){agreed} on {len(self.rows)} comparisons"
+        allowed = f"(tolerance {self.tolerance:.0e})"
+        return f"max |Δ| {self.max_abs_diff:.2e} {allowed}{agreed} on {len(self.rows)} comparisons"
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -120,30 +119,13 @@ def check(parity: Parity) -> Parity:
     if worst.max_abs_diff <= parity.tolerance:
         return parity
     raise ParityError(
-        f"{worst.output!r} differs by {worst.max_abs_diff:.3g} on a batch of {worst.batch} × {worst.length} tokens; "
-        f"{parity.tolerance:g} is allowed. If the difference is only the dtype's rounding, raise `--tolerance`; "
-        "otherwise report the model's class.",
+        f"{worst.output!r} differs by {worst.max_abs_diff:.3g} on a batch of {worst.batch} × {worst.length} "
+        f"tokens, and {parity.tolerance:g} is allowed. If that is only the dtype's rounding, raise "
+        "`--tolerance`; otherwise report the model's class.",
         max_abs_diff=worst.max_abs_diff,
         tolerance=parity.tolerance,
         output=worst.output,
     )
-
-
-def generated(
-    signature: Signature, shapes: Sequence[tuple[int, int]] = SHAPES, seed: int = 0
-) -> Iterator[dict[str, Array]]:
-    """Random batches: every row but the first is shorter than the batch and padded on the right."""
-    random = np.random.default_rng(seed)
-    for rows, columns in shapes:
-        columns = min(columns, signature.longest or columns)
-        lengths = np.array([max(1, columns - columns * row // rows) for row in range(rows)])
-        mask = np.arange(columns) < lengths[:, None]
-        feed = {
-            "input_ids": np.where(mask, _tokens(random, signature, mask.shape), signature.pad_id),
-            "attention_mask": mask,
-            "token_type_ids": mask * random.integers(0, max(1, signature.type_vocab_size), mask.shape),
-        }
-        yield {port.name: feed[port.name].astype(port.dtype) for port in signature.inputs}
 
 
 def torch_runner(model: nn.Module, signature: Signature) -> Runner:
@@ -159,19 +141,13 @@ def torch_runner(model: nn.Module, signature: Signature) -> Runner:
     return run
 
 
-def _tokens(random: np.random.Generator, signature: Signature, shape: tuple[int, ...]) -> Array:
-    """Token ids other than the padding's."""
-    ids = random.integers(0, signature.vocab_size - 1, shape)
-    return ids + (ids >= signature.pad_id)
-
-
 def _rows(
     found: Mapping[str, Array], expected: Mapping[str, Array], feed: Mapping[str, Array], signature: Signature
 ) -> Iterator[Row]:
     batch, length = feed["input_ids"].shape
     mask = feed.get("attention_mask", np.ones((batch, length))).astype(bool)
     for port in signature.outputs:
-        a, b = (np.asarray(side[port.name]).astype(np.float64) for side in (found, expected))
+        a, b = (np.asarray(side.get(port.name)).astype(np.float64) for side in (found, expected))
         if a.shape != b.shape:
             yield Row(port.name, batch, length, np.inf, np.inf, None)
             continue
@@ -195,6 +171,3 @@ def _top1(a: Array, b: Array, port: Port, mask: Array) -> float | None:
         return float((a.argmax(-1) == b.argmax(-1)).mean())
     same = a.argmax(-1) == b.argmax(-1)
     return float((same[mask] if port.per_token else same).mean())
-
-
-__all__ = ["SHAPES", "Parity", "Row", "Runner", "check", "compare", "generated", "tolerance", "torch_runner"]

@@ -67,7 +67,7 @@ def forget(model: ir.Model) -> None:
 
 
 def store_transposed(model: ir.Model) -> None:
-    """`Transpose(W)` of a matrix that nobody else reads becomes W itself, stored transposed, by its old name."""
+    """`Transpose(W)` of a matrix that nobody else reads becomes W, stored transposed, under its old name."""
     for value in list(model.graph.initializers.values()):
         users = [node for node, _ in value.uses()]
         if users and all(swaps(node) for node in users) and not value.is_graph_output():

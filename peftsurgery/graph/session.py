@@ -107,7 +107,7 @@ def _asked(words: Sequence[str]) -> list[str]:
     lost = [name for name in wanted if name not in here]
     if CUDA in lost:
         raise ExportError(
-            f"The installed onnxruntime {ort.__version__} is built for the CPU alone. Uninstall `onnxruntime`, "
+            f"The installed onnxruntime {ort.__version__} is built for the CPU alone. Uninstall it and "
             "install `onnxruntime-gpu[cuda,cudnn]`, or run on the CPU (`providers=['cpu']`)."
         )
     if lost:
@@ -129,7 +129,8 @@ def _open(path: Path | str, wanted: list[str], threads: int) -> tuple[Any, str]:
             return ort.InferenceSession(str(path), options, providers=wanted), said.getvalue()
         except Exception as error:  # ONNX Runtime's errors have no public base
             raise ExportError(
-                f"ONNX Runtime refuses {path}: {_first(str(error))} Name another provider, or export in float32."
+                f"ONNX Runtime refuses {path}: {_first(str(error))} "
+                "Name another provider, or export in float32."
             ) from error
 
 
@@ -147,10 +148,11 @@ def _captured() -> Iterator[io.StringIO]:
 
 
 def _unloaded(provider: str, said: str) -> str:
-    why = next((line for line in said.splitlines() if "Failed to load" in line or "failure" in line), "")
+    reasons = [line.strip() for line in said.splitlines() if "Failed to load" in line or "failure" in line]
+    why = reasons[0] if reasons else "no device is visible, or a library of CUDA or cuDNN is missing"
     return (
-        f"{provider} did not start: {why.strip() or 'no device is visible, or a library of CUDA or cuDNN is missing'}. "
-        "Install `onnxruntime-gpu[cuda,cudnn]` and look at `nvidia-smi`, or run on the CPU (`providers=['cpu']`)."
+        f"{provider} did not start: {why}. Install `onnxruntime-gpu[cuda,cudnn]` and look at `nvidia-smi`, "
+        "or run on the CPU (`providers=['cpu']`)."
     )
 
 

@@ -163,8 +163,8 @@ def _offered(model: nn.Module, task: Task, given: Mapping[str, Any]) -> list[tup
     lost = [name for name in wanted if given.get(name) is None and name not in OPTIONAL]
     if lost:
         raise UnsupportedModel(
-            f"{_name(model)} gives {listing(list(given))} and not {listing(lost)}, which {task.name} is about. "
-            f"Load the model with `{task.auto}`, or name the task that it was made for."
+            f"{_name(model)} gives {listing(list(given))} and not {listing(lost)}, which {task.name} "
+            f"is about. Load the model with `{task.auto}`, or name the task that it was made for."
         )
     return [(name, per_token) for name, per_token in wanted.items() if given.get(name) is not None]
 

@@ -36,7 +36,6 @@ def logits(model: torch.nn.Module, golden: dict[str, np.ndarray]) -> torch.Tenso
 def test_graft_and_merge_reproduce_peft(name: str) -> None:
     model, golden = SUBJECTS[name]()
     adapter = ps.load_adapter(f"{FIXTURES}/{name}")
-    rows = len(golden["logits"])
     kept = torch.from_numpy(golden["attention_mask"]).bool()
 
     def difference(output: str) -> float:

@@ -1,1 +1,0 @@
-from peftsurgery.planning import *  # noqa  (temporary, until every file imports planning)
