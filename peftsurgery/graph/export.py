@@ -16,7 +16,7 @@ from peftsurgery.errors import ExportError, UnsupportedModel
 from peftsurgery.graph import passes, sites
 from peftsurgery.graph.inputs import generated
 from peftsurgery.graph.posture import eager, evaluating
-from peftsurgery.graph.signature import RECORDED, Signature, call
+from peftsurgery.graph.signature import RECORDED, Signature, call, cause
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -84,9 +84,8 @@ def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
             output_names=[port.name for port in signature.outputs],
         )
     except Exception as error:  # dynamo's, torch.export's and the model's own share no base
-        why = str(error).strip().splitlines()
         raise UnsupportedModel(
-            f"torch cannot trace {_class(flat)} to opset {opset}: {why[0] if why else error!r} "
+            f"torch cannot trace {type(flat.wrapped).__name__} to opset {opset}: {cause(error)}. "
             "Export its architecture's standard variant, or report it with this message."
         ) from error
     assert program is not None
@@ -100,10 +99,6 @@ def _sample(flat: Flat) -> tuple[Tensor, ...]:
     return tuple(torch.tensor(feed[port.name], device=device) for port in flat.signature.inputs)
 
 
-def _class(flat: Flat) -> str:
-    return type(flat.wrapped).__name__
-
-
 def _rename(graph: ir.Model, model: nn.Module, names: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
     """Name the parameters that are read; what comes back are their names, each with its others where tied."""
     known, given = _names(model, names), dict[str, tuple[str, ...]]()
@@ -112,12 +107,12 @@ def _rename(graph: ir.Model, model: nn.Module, names: Callable[[str], str]) -> d
         if not value.uses():
             del graph.graph.initializers[name]
         elif inside != name:
-            value.name, *others = known.get(inside) or (names(inside),)
-            if value.name in given:
+            first, *others = known.get(inside) or (names(inside),)
+            if first in given:
                 raise ExportError(
-                    f"Two parameters would be named {value.name!r}. Merge the adapters, or rename one."
+                    f"Two parameters would be named {first!r}. Merge the adapters, or rename one."
                 )
-            given[value.name] = tuple(others)
+            value.name, given[first] = first, tuple(others)
     return given
 
 

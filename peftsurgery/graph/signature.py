@@ -112,6 +112,14 @@ def call(model: nn.Module, feeds: Mapping[str, Tensor]) -> Mapping[str, Any]:
     return model(**feeds, **cache, return_dict=True)  # type: ignore[no-any-return]
 
 
+def cause(error: BaseException) -> str:
+    """The first line of what went wrong first: torch wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
 def _config(model: nn.Module) -> Any:
     config = getattr(model, "config", None)
     if config is None or not isinstance(getattr(config, "vocab_size", None), int):
@@ -119,7 +127,7 @@ def _config(model: nn.Module) -> Any:
     if "input_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"{_name(model)} takes no input_ids. {_supported()}")
     if config.is_encoder_decoder or _decodes(config):
-        raise UnsupportedModel(f"{_name(model)} is a decoder, not an encoder. {_supported()}")
+        raise UnsupportedModel(f"{_name(model)} is a decoder, or has one. {_supported()}")
     return config
 
 
@@ -154,7 +162,7 @@ def _probe(model: nn.Module, names: list[str]) -> Mapping[str, Any]:
             return call(model, feeds)
     except Exception as error:  # whatever the model's own code raises
         raise UnsupportedModel(
-            f"{_name(model)} does not run on plain tokens: {error} Make the model work in torch first."
+            f"{_name(model)} does not run on plain tokens: {cause(error)}. Make it work in torch first."
         ) from error
 
 

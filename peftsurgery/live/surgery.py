@@ -14,6 +14,7 @@ from peftsurgery.adapter import Adapter, check, rebased
 from peftsurgery.errors import AlreadyGrafted, MismatchedTensors, PlanError, UnclaimedSites, listing, nearest
 from peftsurgery.live.chart import Record, chart, enter, leave, record
 from peftsurgery.live.grafts import Graft, StandIn, Theta, WeightGraft
+from peftsurgery.live.pause import collector_paused
 from peftsurgery.live.sites import everywhere, sites, walk
 from peftsurgery.live.swap import require_grad, swap
 from peftsurgery.method import WeightMethod
@@ -23,6 +24,7 @@ Replaced = Mapping[str, Mapping[str, Tensor]]
 """Module name → parameter name → the value that the adapter brings for it."""
 
 
+@collector_paused()
 def fresh(
     model: nn.Module,
     plan: Plan,
@@ -65,6 +67,7 @@ def inject(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.
     return graft(model, replace(own, params=copied), trainable=trainable)
 
 
+@collector_paused()
 def graft(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.Module:
     """`inject` for an adapter that was made for this very model (`fresh`), whose tensors it takes over.
 
@@ -163,7 +166,8 @@ def _check_name(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Mod
             f"(`name={name + '_2'!r}`) or remove the other first; nothing was changed.",
             name=name,
         )
-    taken = any(hasattr(modules[site.name], name) for site in adapter.plan.sites)
+    bare = {type(modules[site.name]): modules[site.name] for site in adapter.plan.sites}
+    taken = any(hasattr(module, name) for module in bare.values())
     if taken or name == "base" or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise PlanError(
             f"{name!r} cannot name an adapter: letters, digits, `_` and `-` can, except the names that a module has "

@@ -17,7 +17,8 @@ def swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Mod
     Raises:
         PlanError: a name that the model does not have; nothing has been changed.
     """
-    places = {name: _place(model, name) for name in modules}
+    parents: dict[str, nn.Module] = {}
+    places = {name: _place(model, name, parents) for name in modules}
     old = {name: parent._modules[leaf] for name, (parent, leaf) in places.items()}
     try:
         for name, (parent, leaf) in places.items():
@@ -55,12 +56,14 @@ def tie_config(model: nn.Module, tied: bool | None) -> bool | None:
     return before
 
 
-def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    parent_name, _, leaf = name.rpartition(".")
-    try:
-        parent = model.get_submodule(parent_name)
-    except AttributeError:
-        parent = nn.Module()
-    if not name or parent._modules.get(leaf) is None:
+def _place(model: nn.Module, name: str, parents: dict[str, nn.Module]) -> tuple[nn.Module, str]:
+    """The module that holds `name`, and the last part of it; `parents` remembers those found before."""
+    above, _, leaf = name.rpartition(".")
+    if above not in parents:
+        try:
+            parents[above] = model.get_submodule(above)
+        except AttributeError:
+            parents[above] = nn.Module()
+    if not name or parents[above]._modules.get(leaf) is None:
         raise PlanError(f"{type(model).__name__} has no module {name!r} to swap. Nothing was changed.")
-    return parent, leaf
+    return parents[above], leaf
