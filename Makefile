@@ -55,6 +55,7 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.injection
+	$(BIN)/python -m benchmarks.fidelity
 
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,48 +67,49 @@ def export_onnx(
     from peftsurgery.graph import weights
 
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
-    live, undo = operated(model, given, factored, task, trust_remote_code)
-    try:
-        with staged(Path(out)) as directory:
-            listen(Event("export", "tracing", 0, 3))
-            traced, signature = _traced(live, task, opset)
-            listen(Event("export", "writing", 1, 3))
-            weights.save(traced, directory)
-            _companions(model, live, directory)
-            listen(Event("export", "verifying", 2, 3))
-            parity = _verified(live, signature, directory, tolerance) if verify else None
-            write_json(directory / "peftsurgery.json", _certificate(live, given, factored, opset, parity))
-            nbytes = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
-            listen(Event("export", "done", 3, 3))
-    finally:
-        undo()
-    return _report(live, given, factored, out, nbytes, signature, parity)
+    with staged(Path(out)) as directory, operated(model, given, factored, task, trust_remote_code) as live:
+        listen(Event("export", "tracing", 0, 3))
+        traced, signature = _traced(live, task, opset)
+        listen(Event("export", "writing", 1, 3))
+        weights.save(traced, directory)
+        _companions(model, live, directory)
+        listen(Event("export", "verifying", 2, 3))
+        parity = _verified(live, signature, directory, tolerance) if verify else None
+        write_json(directory / "peftsurgery.json", _certificate(live, given, factored, opset, parity))
+        nbytes = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
+        listen(Event("export", "done", 3, 3))
+        return _report(live, given, factored, out, nbytes, signature, parity)
 
 
+@contextmanager
 def operated(
     model: nn.Module | str | Path, adapters: list[Adapter], factored: bool, task: str | None, trust: bool
-) -> tuple[nn.Module, Any]:
-    """The live model with the adapters merged or grafted, and what takes them off again."""
-    if isinstance(model, str | Path):
-        fresh = [name.rpartition(".")[0] for adapter in adapters for name in adapter.replaced]
-        live = pretrained.load(
-            locate(model),
-            task=common_task(adapters, task),
-            labels=labels(adapters),
-            fresh=fresh,
-            trust_remote_code=trust,
-        )
-    else:
-        live = model
-    if not factored:
-        return live, merge_live(live, *adapters) if adapters else _nothing
-    for adapter in adapters:
-        surgery.inject(live, adapter, trainable=False)
-    return live, lambda: [surgery.remove(live, adapter.name) for adapter in reversed(adapters)]
+) -> Iterator[nn.Module]:
+    """The live model with the adapters merged or, factored, grafted; a live one is as before afterwards."""
+    live = loaded(model, adapters, task, trust) if isinstance(model, str | Path) else model
+    undo: list[Callable[[], object]] = []
+    try:
+        if adapters and not factored:
+            undo.append(merge_live(live, *adapters))
+        for adapter in adapters if factored else ():
+            surgery.inject(live, adapter, trainable=False)
+            undo.append(partial(surgery.remove, live, adapter.name))
+        yield live
+    finally:
+        for step in reversed(undo):
+            step()
 
 
-def _nothing() -> None:
-    """Takes nothing off a model that nothing was put on."""
+def loaded(model: str | Path, adapters: list[Adapter], task: str | None, trust: bool) -> nn.Module:
+    """The model of a directory, of the task and with the labels that the adapters bring."""
+    brought = [name.rpartition(".")[0] for adapter in adapters for name in adapter.replaced]
+    return pretrained.load(
+        locate(model),
+        task=common_task(adapters, task),
+        labels=labels(adapters),
+        fresh=brought,
+        trust_remote_code=trust,
+    )
 
 
 def _traced(live: nn.Module, task: str | None, opset: int) -> tuple[Any, Any]:
@@ -136,7 +139,7 @@ def _verified(live: nn.Module, signature: Any, directory: Path, tolerance: float
         session,
         parity.torch_runner(live, signature),
         signature,
-        tolerance=tolerance or parity.tolerance(dtype),
+        tolerance=parity.tolerance(dtype) if tolerance is None else tolerance,
     )
     parity.check(found)
     return found

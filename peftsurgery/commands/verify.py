@@ -10,7 +10,7 @@ import torch
 
 from peftsurgery.adapter import check
 from peftsurgery.commands.adapter_files import Adapters, gather
-from peftsurgery.commands.export_onnx import operated, parity_table
+from peftsurgery.commands.export_onnx import loaded, operated, parity_table
 from peftsurgery.commands.report import Report
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Event, Listener, ignore
@@ -60,15 +60,13 @@ def verify(
         )
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
     listen(Event("verify", "loading", 0, 2))
-    reference, undo = operated(against, given, True, task, trust_remote_code)
-    try:
+    with operated(against, given, True, task, trust_remote_code) as reference:
         said, dtype = _signature(reference, task), _dtype(reference)
         runner, other = _runner(model, said, trust_remote_code)
-        allowed = tolerance or max(parity.tolerance(dtype), parity.tolerance(other))
+        widest = max(parity.tolerance(dtype), parity.tolerance(other))
+        allowed = widest if tolerance is None else tolerance
         listen(Event("verify", "comparing", 1, 2))
         found = parity.compare(runner, parity.torch_runner(reference, said), said, tolerance=allowed)
-    finally:
-        undo()
     parity.check(found)
     facts = {
         "model": _said(model),
@@ -87,7 +85,7 @@ def _runner(model: nn.Module | str | Path, said: Signature, trust: bool) -> tupl
     graph = _graph(model)
     if graph is not None:
         return Session(graph), torch.float32
-    live, _ = operated(model, [], True, said.task, trust)
+    live = loaded(model, [], said.task, trust) if isinstance(model, str | Path) else model
     return parity.torch_runner(live, said), _dtype(live)
 
 

@@ -56,7 +56,7 @@ def forget(model: ir.Model) -> None:
     """Drop the notes of the exporter, and the shapes of what lies between inputs and outputs.
 
     Where ONNX Runtime knows these shapes it fuses Add and LayerNormalization into its
-    SkipLayerNormalization, whose CPU kernel takes four times as long as the two.
+    SkipLayerNormalization, whose CPU kernel takes about five times as long as the two (version 1.31).
     """
     for value in model.graph.initializers.values():
         value.metadata_props.clear()

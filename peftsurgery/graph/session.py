@@ -75,7 +75,9 @@ class Session:
         if "vocab_size" not in said:
             raise ExportError("The graph does not say its vocab_size. Put the model's config.json beside it.")
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
-        axes = dict(zip(inputs[0].shape, (BATCH, LENGTH), strict=False))
+        axes = {
+            n: word for n, word in zip(inputs[0].shape, (BATCH, LENGTH), strict=False) if isinstance(n, str)
+        }
         pad = int(said.get("pad_id", said.get("pad_token_id")) or 0)
         return Signature(
             inputs=tuple(_port(port, axes) for port in inputs),

@@ -1,0 +1,83 @@
+"""Running a graph, and saying on what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+
+from peftsurgery.errors import ExportError
+from peftsurgery.graph import session as module
+from peftsurgery.graph import weights
+from peftsurgery.graph.session import CPU, CUDA, Session
+from peftsurgery.graph.signature import Port
+from tests.units.graphs import graph, node, noise
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    model = graph([node("Gather", "table ids", "r"), node("Add", "x r", "y")], {"table": noise(7, 4)})
+    model.graph.outputs[0].shape = ir.Shape(["batch", 4])
+    return weights.save(model, tmp_path)[0]
+
+
+def test_outputs_by_name_and_feeds_too_many(path: Path) -> None:
+    session = Session(path, ["cpu"], threads=1)
+    feeds = {"x": noise(2, 4), "ids": np.array([6, 0]), "attention_mask": np.ones((2, 4))}
+    assert (session.provider, session.remark) == (CPU, "")
+    assert np.array_equal(session(feeds)["y"], noise(2, 4) + noise(7, 4)[[6, 0]])
+    with pytest.raises(ExportError, match="'ids'"):
+        session.run({"x": noise(2, 4)})
+
+
+def test_providers_that_are_not_here(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExportError, match="has no NoSuchProvider"):
+        Session(path, ["NoSuchProvider"])
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CPU])
+    with pytest.raises(ExportError, match=r"built for the CPU alone.*onnxruntime-gpu"):
+        Session(path, ["cuda"])
+    assert Session(path).provider == CPU
+
+
+def test_cuda_that_does_not_start_is_said_and_not_printed(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A build for CUDA on a machine without it, played: it prints what it misses and falls back."""
+
+    def preload() -> None:
+        print("Failed to load libcublasLt.so.13: cannot open shared object file")
+
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", preload)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, providers: real(*a, providers=[CPU]))
+    session = Session(path)
+    assert session.provider == CPU
+    assert "libcublasLt.so.13" in session.remark
+    with pytest.raises(ExportError, match=r"CUDA.*did not start: Failed to load libcublasLt"):
+        Session(path, ["cuda", "cpu"])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_the_runtime_refuses(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"nothing")
+    with pytest.raises(ExportError, match=r"refuses .*model\.onnx"):
+        Session(tmp_path / "model.onnx")
+
+
+def test_a_foreign_graph_says_its_ports_and_its_config_the_rest(path: Path) -> None:
+    with pytest.raises(ExportError, match=r"vocab_size.*config\.json"):
+        Session(path).signature()
+    config = {"vocab_size": 7, "pad_token_id": 1, "max_position_embeddings": 514, "type_vocab_size": 2}
+    said = Session(path).signature(config)
+    assert said.inputs[0] == Port("x", "float32", ("batch_size", 4))
+    assert said.outputs == (Port("y", "float32", ("batch_size", 4)),)
+    assert (said.vocab_size, said.pad_id, said.longest, said.type_vocab_size) == (7, 1, 512, 2)
+
+
+def test_the_word_of_a_provider_is_the_runtimes() -> None:
+    assert module.WORDS == {"cpu": CPU, "cuda": CUDA}
+    assert CPU in onnxruntime.get_all_providers() and CUDA in onnxruntime.get_all_providers()
