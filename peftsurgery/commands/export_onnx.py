@@ -64,21 +64,33 @@ def export_onnx(
         ParityError: ONNX Runtime does not agree with torch; nothing is left at `out`.
         AdapterError, FoldError, CheckpointError, PlanError.
     """
-    from peftsurgery.graph import weights
-
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
     with staged(Path(out)) as directory, operated(model, given, factored, task, trust_remote_code) as live:
-        listen(Event("export", "tracing", 0, 3))
-        traced, signature = _traced(live, task, opset)
-        listen(Event("export", "writing", 1, 3))
-        weights.save(traced, directory)
-        _companions(model, live, directory)
+        signature = _write_graph(model, live, directory, task, opset, listen)
         listen(Event("export", "verifying", 2, 3))
         parity = _verified(live, signature, directory, tolerance) if verify else None
         write_json(directory / "peftsurgery.json", _certificate(live, given, factored, opset, parity))
         nbytes = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
         listen(Event("export", "done", 3, 3))
         return _report(live, given, factored, out, nbytes, signature, parity)
+
+
+def _write_graph(
+    model: nn.Module | str | Path,
+    live: nn.Module,
+    directory: Path,
+    task: str | None,
+    opset: int,
+    listen: Listener,
+) -> Signature:
+    from peftsurgery.graph import weights
+
+    listen(Event("export", "tracing", 0, 3))
+    traced, signature = _traced(live, task, opset)
+    listen(Event("export", "writing", 1, 3))
+    weights.save(traced, directory)
+    _companions(model, live, directory)
+    return signature
 
 
 @contextmanager
@@ -112,7 +124,7 @@ def loaded(model: str | Path, adapters: list[Adapter], task: str | None, trust: 
     )
 
 
-def _traced(live: nn.Module, task: str | None, opset: int) -> tuple[Any, Any]:
+def _traced(live: nn.Module, task: str | None, opset: int) -> tuple[Any, Signature]:
     from peftsurgery.graph.export import trace
     from peftsurgery.graph.signature import signature
 

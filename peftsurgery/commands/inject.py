@@ -104,13 +104,12 @@ def inject(
     """Put a new adapter, or a trained one, on a live model; or write a fresh adapter for a model directory.
 
     The words are those of `plan`. A live model comes back as the one to call from now on, changed as a
-    whole or, on any error, not at all. For a directory, `out` receives the adapter in PEFT's format.
+    whole or not at all. For a directory, `out` receives a fresh adapter in PEFT's format.
 
     Args:
         method: the method (`LoRA(r=8)`), or an adapter from `load_adapter` or `remove`.
-        name: what the adapter is called on the model; `default`, or the adapter's own name.
-        seed: makes the fresh parameters reproducible.
-        trainable: whether the adapter's parameters require gradients.
+        name: what the adapter is called; its own name, or `default`.
+        trainable: whether the adapter's parameters require gradients; `seed` makes fresh ones reproducible.
         dry_run: plan and report only.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from peftsurgery.adapter import check
+from peftsurgery.adapter import Adapter, check
 from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.export_onnx import loaded, operated, parity_table
 from peftsurgery.commands.report import Report
@@ -19,7 +19,7 @@ from peftsurgery.tasks import task as task_named
 if TYPE_CHECKING:
     from torch import nn
 
-    from peftsurgery.graph.parity import Runner
+    from peftsurgery.graph.parity import Parity, Runner
     from peftsurgery.graph.signature import Signature
 
 
@@ -60,14 +60,7 @@ def verify(
         )
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
     listen(Event("verify", "loading", 0, 2))
-    with operated(against, given, True, task, trust_remote_code) as reference:
-        said, dtype = _signature(reference, task), _dtype(reference)
-        runner, other = _runner(model, said, trust_remote_code)
-        widest = max(parity.tolerance(dtype), parity.tolerance(other))
-        allowed = widest if tolerance is None else tolerance
-        listen(Event("verify", "comparing", 1, 2))
-        found = parity.compare(runner, parity.torch_runner(reference, said), said, tolerance=allowed)
-    parity.check(found)
+    found = parity.check(_compared(model, against, given, task, tolerance, trust_remote_code, listen))
     facts = {
         "model": _said(model),
         "against": _said(against),
@@ -75,6 +68,26 @@ def verify(
         "parity": found.to_dict(),
     }
     return Report("verify", f"They agree: {found}.", facts, parity_table(found))
+
+
+def _compared(
+    model: nn.Module | str | Path,
+    against: nn.Module | str | Path,
+    given: list[Adapter],
+    task: str | None,
+    tolerance: float | None,
+    trust_remote_code: bool,
+    listen: Listener,
+) -> Parity:
+    from peftsurgery.graph import parity
+
+    with operated(against, given, True, task, trust_remote_code) as reference:
+        said, dtype = _signature(reference, task), _dtype(reference)
+        runner, other = _runner(model, said, trust_remote_code)
+        widest = max(parity.tolerance(dtype), parity.tolerance(other))
+        allowed = widest if tolerance is None else tolerance
+        listen(Event("verify", "comparing", 1, 2))
+        return parity.compare(runner, parity.torch_runner(reference, said), said, tolerance=allowed)
 
 
 def _runner(model: nn.Module | str | Path, said: Signature, trust: bool) -> tuple[Runner, torch.dtype]:

@@ -92,11 +92,9 @@ def merge(
         device: where folding is computed.
 
     Raises:
-        UnclaimedSites: a tensor that the adapters change is not there (before anything is written).
-        UnsupportedSite: such a tensor is quantised (likewise).
-        MismatchedTensors: or has another shape (likewise).
-        NonFiniteWeight: folding gave a NaN or an infinity.
-        CheckpointError: a file cannot be written.
+        UnclaimedSites, UnsupportedSite, MismatchedTensors: a tensor that the adapters change is not there, is
+            quantised, or has another shape; nothing is written.
+        NonFiniteWeight, CheckpointError: folding gave a NaN; a file cannot be written.
     """
     present = {rename(name): stored for name, stored in checkpoint.tensors.items()}
     copies = _copies(present, twins or {})
