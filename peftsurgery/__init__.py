@@ -13,11 +13,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "adapter",
     "Event": "events",
+    "HardPrompt": "methods",
     "Kind": "site",
     "Layout": "site",
     "LoRA": "methods",
     "METHODS": "methods",
+    "PTuning": "methods",
     "Plan": "planning",
+    "PrefixTuning": "methods",
+    "PromptTuning": "methods",
     "Report": "commands.report",
     "Site": "site",
     "Step": "planning",
@@ -44,10 +48,14 @@ __all__ = [
     "METHODS",
     "Adapter",
     "Event",
+    "HardPrompt",
     "Kind",
     "Layout",
     "LoRA",
+    "PTuning",
     "Plan",
+    "PrefixTuning",
+    "PromptTuning",
     "Report",
     "Site",
     "Step",
@@ -84,7 +92,7 @@ if TYPE_CHECKING:
     from peftsurgery.events import Event
     from peftsurgery.fold import folded
     from peftsurgery.live.active import activate, adapters, rescale, trainable_parameters
-    from peftsurgery.methods import METHODS, LoRA
+    from peftsurgery.methods import METHODS, HardPrompt, LoRA, PrefixTuning, PromptTuning, PTuning
     from peftsurgery.planning import Plan, Step
     from peftsurgery.site import Kind, Layout, Site
 
