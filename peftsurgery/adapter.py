@@ -166,7 +166,8 @@ def _seats(adapter: Adapter, offered: Iterable[Site], kind: Kind) -> dict[Site, 
     places = "word embeddings" if kind is Kind.TOKENS else "attention layers"
     raise UnclaimedSites(
         f"Adapter {adapter.name!r} has tokens for {len(mine)} {places}, and the base offers {len(there)}. "
-        f"Take the base that it was trained on{f' ({adapter.base})' if adapter.base else ''}; nothing was changed.",
+        f"Take the base that it was trained on{f' ({adapter.base})' if adapter.base else ''}; "
+        "nothing was changed.",
         sites=[site.name for site in mine],
         nearest=[site.name for site in there[:3]],
     )
