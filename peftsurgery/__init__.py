@@ -28,6 +28,7 @@ _HOMES = {
     "SurgeryError": "errors",
     "activate": "live.active",
     "adapters": "live.active",
+    "bake": "commands.bake",
     "export_onnx": "commands.export_onnx",
     "folded": "fold",
     "inject": "commands.inject",
@@ -62,6 +63,7 @@ __all__ = [
     "SurgeryError",
     "activate",
     "adapters",
+    "bake",
     "export_onnx",
     "folded",
     "inject",
@@ -81,6 +83,7 @@ __all__ = [
 if TYPE_CHECKING:
     from peftsurgery.adapter import Adapter, scale
     from peftsurgery.commands.adapter_files import load_adapter, save_adapter
+    from peftsurgery.commands.bake import bake
     from peftsurgery.commands.export_onnx import export_onnx
     from peftsurgery.commands.inject import inject, plan
     from peftsurgery.commands.inspect import inspect, sites

@@ -37,6 +37,7 @@ def test_public_names() -> None:
         *(
             "activate",
             "adapters",
+            "bake",
             "export_onnx",
             "folded",
             "inject",
