@@ -185,7 +185,7 @@ def _attention(raw: Mapping[str, object], table: Tensor) -> tuple[Site, ...]:
     if table.shape[1] != 2 * layers * width:
         raise _misshapen(table, f"keys and values of {width} numbers for {layers} layers")
     shape = (count, width // count)
-    return tuple(Site(f"attention.{layer}", Kind.ATTENTION, shape) for layer in range(layers))
+    return tuple(Site(f"layers.{layer}.attention", Kind.ATTENTION, shape) for layer in range(layers))
 
 
 def _size(raw: Mapping[str, object], key: str) -> int:
