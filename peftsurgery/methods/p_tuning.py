@@ -126,12 +126,19 @@ class PTuning(TokenMethod):
         }
 
     def _lstm(self, x: Tensor, p: Params, training: bool) -> Tensor:
-        """Both directions of every layer over (1, n, d), as nn.LSTM computes them: (1, n, 2·hidden)."""
-        weights = [p[name] for name in self._recurrent(1, 1)]
-        hidden = p[f"{LSTM}.weight_hh_l0"].shape[1]
-        start = x.new_zeros(2 * self.encoder_num_layers, 1, hidden)
+        """Both directions of every layer over (1, n, d), as nn.LSTM computes them: (1, n, 2·hidden).
+
+        Without gradients torch takes another kernel, with other bits; ours are those of training, always,
+        which are the bits that PEFT stores.
+        """
+        learning = torch.is_grad_enabled()
+        x, *weights = (
+            t if learning else t.detach() for t in (x, *(p[name] for name in self._recurrent(1, 1)))
+        )
+        start = x.new_zeros(2 * self.encoder_num_layers, 1, weights[1].shape[1])
         layers, dropout = self.encoder_num_layers, self.encoder_dropout
-        return torch.lstm(x, (start, start), weights, True, layers, dropout, training, True, True)[0]
+        with torch.enable_grad():
+            return torch.lstm(x, (start, start), weights, True, layers, dropout, training, True, True)[0]
 
 
 def _linears(widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
