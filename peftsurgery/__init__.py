@@ -13,17 +13,22 @@ __version__ = "0.1.0"
 _HOMES = {
     "Adapter": "adapter",
     "Event": "events",
+    "HardPrompt": "methods",
     "Kind": "site",
     "Layout": "site",
     "LoRA": "methods",
     "METHODS": "methods",
+    "PTuning": "methods",
     "Plan": "planning",
+    "PrefixTuning": "methods",
+    "PromptTuning": "methods",
     "Report": "commands.report",
     "Site": "site",
     "Step": "planning",
     "SurgeryError": "errors",
     "activate": "live.active",
     "adapters": "live.active",
+    "bake": "commands.bake",
     "export_onnx": "commands.export_onnx",
     "folded": "fold",
     "inject": "commands.inject",
@@ -44,16 +49,21 @@ __all__ = [
     "METHODS",
     "Adapter",
     "Event",
+    "HardPrompt",
     "Kind",
     "Layout",
     "LoRA",
+    "PTuning",
     "Plan",
+    "PrefixTuning",
+    "PromptTuning",
     "Report",
     "Site",
     "Step",
     "SurgeryError",
     "activate",
     "adapters",
+    "bake",
     "export_onnx",
     "folded",
     "inject",
@@ -73,6 +83,7 @@ __all__ = [
 if TYPE_CHECKING:
     from peftsurgery.adapter import Adapter, scale
     from peftsurgery.commands.adapter_files import load_adapter, save_adapter
+    from peftsurgery.commands.bake import bake
     from peftsurgery.commands.export_onnx import export_onnx
     from peftsurgery.commands.inject import inject, plan
     from peftsurgery.commands.inspect import inspect, sites
@@ -84,7 +95,7 @@ if TYPE_CHECKING:
     from peftsurgery.events import Event
     from peftsurgery.fold import folded
     from peftsurgery.live.active import activate, adapters, rescale, trainable_parameters
-    from peftsurgery.methods import METHODS, LoRA
+    from peftsurgery.methods import METHODS, HardPrompt, LoRA, PrefixTuning, PromptTuning, PTuning
     from peftsurgery.planning import Plan, Step
     from peftsurgery.site import Kind, Layout, Site
 

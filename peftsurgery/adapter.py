@@ -1,18 +1,18 @@
-"""An adapter is a plan with weights: saved, loaded, rebased, scaled, folded."""
+"""An adapter is a plan with weights: saved, loaded, rebased, scaled, baked, folded."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from peftsurgery.errors import MismatchedTensors, NonFiniteWeight, UnclaimedSites, listing, nearest
-from peftsurgery.method import Params
+from peftsurgery.method import Method, Params, TokenMethod
 from peftsurgery.planning import Plan, Step
 from peftsurgery.rename import Rename, renames
-from peftsurgery.site import Site
+from peftsurgery.site import Kind, Site
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +78,22 @@ def scale(adapter: Adapter, weight: float) -> Adapter:
     return replace(adapter, plan=replace(adapter.plan, steps=steps))
 
 
+def bake(adapter: Adapter) -> Adapter:
+    """The adapter with every token method evaluated: mere tokens, and no encoder. A baked one is itself.
+
+    The tokens are bit for bit those that the encoder gives in evaluation mode, where it is baked.
+    """
+    method = next((s.method for s in adapter.plan.steps if isinstance(s.method, TokenMethod)), None)
+    if method is None or method.baked() is method:
+        return adapter
+    simpler, table = method.bake(adapter.shared)
+    steps = tuple(Step(s.site, simpler if s.method == method else s.method) for s in adapter.plan.steps)
+    rest = {
+        k: v for k, v in adapter.shared.items() if k not in method.shared_shapes(_stands(adapter, method))
+    }
+    return replace(adapter, plan=replace(adapter.plan, steps=steps), shared={**rest, **table})
+
+
 def check(adapter: Adapter) -> Adapter:
     """The adapter itself, when every tensor is announced, has its announced shape and is finite.
 
@@ -87,6 +103,7 @@ def check(adapter: Adapter) -> Adapter:
     """
     for step in adapter.plan.steps:
         _check_site(step, adapter.params.get(step.site.name, {}))
+    _check_shared(adapter)
     for name, tensor in adapter.tensors():
         if not tensor.is_meta and not torch.isfinite(tensor).all():
             raise NonFiniteWeight(
@@ -101,29 +118,34 @@ def rebased(adapter: Adapter, sites: Iterable[Site], names: Collection[str] = ()
     """The adapter said in the base's own names, kinds and layouts, and the renaming that took it there.
 
     An adapter trained on `BertForSequenceClassification` (`bert.encoder…`) fits a base saved as
-    `BertModel` (`encoder…`), and the other way round.
+    `BertModel` (`encoder…`), and the other way round. Where tokens enter is told by kind and order:
+    PEFT's files do not name such places.
 
     Args:
-        sites: what the base offers.
+        sites: what the base offers, places for tokens included where the adapter has some.
         names: the tensor names that the base holds (for what the adapter replaces).
 
     Raises:
         UnclaimedSites: a site of the adapter that the base lacks.
         MismatchedTensors: the shapes do not fit: another base.
     """
-    offered = {site.name: site for site in sites}
-    wanted = [site.name for site in adapter.plan.sites]
+    every = list(sites)
+    offered = {site.name: site for site in every if site.kind.has_weight}
+    wanted = [site.name for site in adapter.plan.sites if site.kind.has_weight]
     rename = max(renames(wanted, offered), key=lambda r: sum(r(name) in offered for name in wanted))
-    _claim(adapter, rename, offered)
-    steps = tuple(Step(offered[rename(step.site.name)], step.method) for step in adapter.plan.steps)
+    _claim(adapter, [name for name in wanted if rename(name) not in offered], offered)
+    seats = {**_seats(adapter, every, Kind.TOKENS), **_seats(adapter, every, Kind.ATTENTION)}
+    landed = {site: seats.get(site) or offered[rename(site.name)] for site in adapter.plan.sites}
+    steps = tuple(Step(landed[step.site], step.method) for step in adapter.plan.steps)
     rebased = replace(
         adapter,
         plan=replace(adapter.plan, steps=steps),
-        params={rename(site): params for site, params in adapter.params.items()},
+        params={to.name: adapter.params.get(site.name, {}) for site, to in landed.items()},
         replaced={_landing(name, rename, names): tensor for name, tensor in adapter.replaced.items()},
     )
     for step in rebased.plan.steps:
         _check_site(step, rebased.params[step.site.name])
+    _check_shared(rebased)
     return rebased, rename
 
 
@@ -147,8 +169,26 @@ def _landing(name: str, rename: Rename, names: Collection[str]) -> str:
     return moved if moved in names or not rename.adds else name
 
 
-def _claim(adapter: Adapter, rename: Rename, offered: Mapping[str, Site]) -> None:
-    lost = [site.name for site in adapter.plan.sites if rename(site.name) not in offered]
+def _seats(adapter: Adapter, offered: Iterable[Site], kind: Kind) -> dict[Site, Site]:
+    """Where the tokens of this kind enter in the base, for every place where they enter in the adapter."""
+    mine = [site for site in adapter.plan.sites if site.kind is kind]
+    there = [site for site in offered if site.kind is kind]
+    named = {site.name: site for site in there}
+    if all(site.name in named for site in mine):
+        return {site: named[site.name] for site in mine}
+    if len(mine) == len(there):
+        return dict(zip(mine, there, strict=True))
+    places = "word embeddings" if kind is Kind.TOKENS else "attention layers"
+    raise UnclaimedSites(
+        f"Adapter {adapter.name!r} has tokens for {len(mine)} {places}, and the base offers {len(there)}. "
+        f"Take the base that it was trained on{f' ({adapter.base})' if adapter.base else ''}; "
+        "nothing was changed.",
+        sites=[site.name for site in mine],
+        nearest=[site.name for site in there[:3]],
+    )
+
+
+def _claim(adapter: Adapter, lost: Sequence[str], offered: Mapping[str, Site]) -> None:
     if not lost:
         return
     near = nearest(lost[0], offered)
@@ -161,20 +201,37 @@ def _claim(adapter: Adapter, rename: Rename, offered: Mapping[str, Site]) -> Non
     )
 
 
+def _stands(adapter: Adapter, method: Method) -> list[Site]:
+    return [step.site for step in adapter.plan.steps if step.method == method]
+
+
 def _check_site(step: Step, params: Params) -> None:
-    announced = step.method.shapes(step.site)
+    _check_params(f"{step.site.name}.", str(step.site), step.method.shapes(step.site), params)
+
+
+def _check_shared(adapter: Adapter) -> None:
+    methods = dict.fromkeys(step.method for step in adapter.plan.steps)
+    announced: dict[str, tuple[int, ...]] = {}
+    for method in methods:
+        announced |= method.shared_shapes(_stands(adapter, method))
+    taker = f"{' and '.join(method.name for method in methods)} at {len(adapter.plan.steps)} sites"
+    _check_params("", taker, announced, adapter.shared)
+
+
+def _check_params(prefix: str, taker: str, announced: Mapping[str, tuple[int, ...]], params: Params) -> None:
     missing, unexpected = sorted(announced.keys() - params.keys()), sorted(params.keys() - announced.keys())
     if missing or unexpected:
         raise MismatchedTensors(
-            f"{step.site} takes {listing(sorted(announced))} and the adapter has {listing(sorted(params)) or 'none'}. "
+            f"{taker} takes {listing(sorted(announced)) or 'no shared tensor'} and the adapter has "
+            f"{listing(sorted(params)) or 'none'}. "
             "Its files are incomplete, or belong to another method or base; nothing was changed.",
-            missing=[f"{step.site.name}.{name}" for name in missing],
-            unexpected=[f"{step.site.name}.{name}" for name in unexpected],
+            missing=[f"{prefix}{name}" for name in missing],
+            unexpected=[f"{prefix}{name}" for name in unexpected],
         )
     for name, shape in announced.items():
         if tuple(params[name].shape) != shape:
             raise MismatchedTensors(
-                f"'{step.site.name}.{name}' has shape {tuple(params[name].shape)}, and {step.site} takes {shape}. "
+                f"{prefix + name!r} has shape {tuple(params[name].shape)}, and {taker} takes {shape}. "
                 "The adapter was trained on another base; nothing was changed.",
-                unexpected=[f"{step.site.name}.{name}"],
+                unexpected=[f"{prefix}{name}"],
             )

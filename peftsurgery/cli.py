@@ -211,6 +211,20 @@ def merge_command(**options: Any) -> None:
     run(flags, lambda listen: merge(listen=listen, **options))
 
 
+@main.command("bake")
+@click.argument("adapter")
+@click.option("-o", "--out", type=click.Path(), required=True, help="The directory to write.")
+@click.option("--base", help="A model directory that the tokens have to fit.")
+@trust_options
+@report_options
+def bake_command(**options: Any) -> None:
+    """Evaluate the encoder of ADAPTER: p-tuning becomes a prompt table, a projected prefix keys and values."""
+    from peftsurgery.commands.bake import bake
+
+    flags = shown(options)
+    run(flags, lambda listen: bake(**options))
+
+
 @main.command("export-onnx")
 @click.argument("model")
 @click.option("--adapter", "adapters", multiple=True, help="An adapter to export with it. Repeatable.")

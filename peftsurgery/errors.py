@@ -5,7 +5,8 @@ SurgeryError
 │   ├── NoSiteMatched      .pattern .nearest
 │   ├── UnsupportedSite    .site
 │   ├── AlreadyGrafted     .name
-│   └── TiedSites          .names
+│   ├── TiedSites          .names
+│   └── InputTooLong       .length .limit
 ├── AdapterError     the adapter cannot be understood
 │   ├── UnknownMethod
 │   ├── MismatchedTensors  .missing .unexpected
@@ -68,6 +69,15 @@ class TiedSites(PlanError):
     def __init__(self, message: str, *, names: Sequence[str]) -> None:
         super().__init__(message)
         self.names = tuple(names)
+
+
+class InputTooLong(PlanError):
+    """An input that leaves no room for the virtual tokens among the model's positions."""
+
+    def __init__(self, message: str, *, length: int, limit: int) -> None:
+        super().__init__(message)
+        self.length = length
+        self.limit = limit
 
 
 class AdapterError(SurgeryError):

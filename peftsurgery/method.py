@@ -7,18 +7,20 @@ are a mapping from the names that the PEFT file format gives them (`lora_A.weigh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from peftsurgery.errors import NotFoldable
+from peftsurgery.errors import NotFoldable, PlanError
 from peftsurgery.site import Kind, Site
 
 Params = Mapping[str, Tensor]
 
+TABLE = "prompt_embeddings"
+"""The one parameter of a baked token method: the tokens themselves."""
 
 Map = Callable[[Tensor], Tensor]
 """A pure function of one tensor."""
@@ -77,6 +79,20 @@ class Method(ABC):
     ) -> dict[str, Tensor]:
         """Fresh float32 parameters for `site` on the CPU; `weight` is its (out, in) matrix where known."""
 
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of the parameters that all its sites share; most methods have none."""
+        return {}
+
+    def init_shared(
+        self,
+        sites: Sequence[Site],
+        generator: torch.Generator | None = None,
+        vocabulary: Tensor | None = None,
+        ids: Sequence[int] = (),
+    ) -> dict[str, Tensor]:
+        """Fresh float32 values on the CPU for `shared_shapes(sites)`; see `TokenMethod`."""
+        return {}
+
     def scaled(self, factor: float) -> Self:
         """The method whose effect is `factor` times this one's."""
         raise NotFoldable(f"{self.name} has no scale of its own. Export the model with it instead.")
@@ -107,3 +123,101 @@ class WeightMethod(Method):
     def forward(self, op: Op, x: Tensor, p: Params) -> Tensor:
         """The base operation with `fold(W)`; override it to be faster, never to mean something else."""
         return op.folded(x, lambda w: self.fold(w, p), lambda b: self.fold_bias(b, p))
+
+
+@dataclass(frozen=True)
+class TokenMethod(Method):
+    """A method that cuts the tokens: `tokens` is its definition, and `bake` evaluates it once for all.
+
+    Its parameters are shared by its sites: they lie in `Adapter.shared`, under the names that PEFT's own
+    encoder modules give them, and `params[site]` is empty. At a `Kind.TOKENS` site the virtual tokens are
+    embeddings in front of the words; at the `Kind.ATTENTION` sites, all layers in order, they are keys and
+    values in front of each layer's own.
+    """
+
+    trainable: ClassVar[bool] = True
+    """Whether there is anything to train."""
+
+    def __post_init__(self) -> None:
+        whole(self, "num_virtual_tokens")
+
+    @property
+    @abstractmethod
+    def num_virtual_tokens(self) -> int:
+        """How many tokens enter in front of every input."""
+
+    @property
+    def start_text(self) -> str | None:
+        """The text whose token ids `init_shared` starts from, where there is one."""
+        return None
+
+    @property
+    def needs_vocabulary(self) -> bool:
+        """Whether `init_shared` starts from rows of the base's word embeddings."""
+        return False
+
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        return {}
+
+    def init(
+        self, site: Site, weight: Tensor | None, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        return {}
+
+    @abstractmethod
+    def shared_shapes(self, sites: Sequence[Site]) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of its parameters at `sites`.
+
+        Raises:
+            PlanError: the method cannot stand at these sites together.
+        """
+
+    @abstractmethod
+    def init_shared(
+        self,
+        sites: Sequence[Site],
+        generator: torch.Generator | None = None,
+        vocabulary: Tensor | None = None,
+        ids: Sequence[int] = (),
+    ) -> dict[str, Tensor]:
+        """Fresh float32 parameters on the CPU, distributed as PEFT's are.
+
+        Args:
+            vocabulary: the (vocabulary, d) word embeddings of the base, where `needs_vocabulary`.
+            ids: the token ids of `start_text`, where there is one.
+
+        Raises:
+            PlanError: the start needs what was not given.
+        """
+
+    @abstractmethod
+    def tokens(self, p: Params, *, training: bool = False) -> Tensor:
+        """The virtual tokens, differentiable in every parameter.
+
+        Embeddings are (num_virtual_tokens · num_transformer_submodules, d). Keys and values are
+        (num_virtual_tokens, 2 · layers · kv_heads · head_dim), PEFT's flat layout: viewed as
+        (n, 2 · layers, kv_heads, head_dim), even indices are keys and odd ones values.
+
+        Args:
+            training: whether an encoder that has dropout drops.
+        """
+
+    @abstractmethod
+    def baked(self) -> TokenMethod:
+        """The method that holds these tokens as a mere table; itself when it does already."""
+
+    def bake(self, p: Params) -> tuple[TokenMethod, dict[str, Tensor]]:
+        """`baked()` and its table: the very tokens of evaluation mode, without a gradient."""
+        with torch.no_grad():
+            return self.baked(), {TABLE: self.tokens(p).detach()}
+
+
+def whole(method: Method, *fields: str) -> None:
+    """Raise a PlanError unless each of the method's fields is a whole number of at least 1."""
+    for field in fields:
+        value = getattr(method, field)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise PlanError(
+                f"{field} is {value!r} and has to be a whole number of at least 1. "
+                f"Try `{type(method).__name__}({field}={20 if field == 'num_virtual_tokens' else 2})`."
+            )

@@ -132,9 +132,8 @@ def _lines(plan: Plan) -> Iterable[str]:
         yield f"  {method} at {count}"
     width = max((len(site.name) for site in plan.sites), default=0)
     for site in plan.sites:
-        out, inner = site.matrix_shape
         kind = "" if site.kind is Kind.LINEAR else f"  {site.kind.value}"
-        yield f"    {site.name:<{width}}  {inner} → {out}{kind}"
+        yield f"    {site.name:<{width}}  {site.extent}{kind}"
     for name in plan.modules_to_save:
         yield f"    {name:<{width}}  a trainable copy (modules_to_save)"
 

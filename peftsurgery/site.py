@@ -33,8 +33,17 @@ class Kind(Enum):
     LINEAR = "linear"
     EMBEDDING = "embedding"
     CONV = "conv"
+    TOKENS = "tokens"
+    """The word-embedding module, where virtual tokens enter as embeddings; the shape is (vocabulary, d)."""
+    ATTENTION = "attention"
+    """An attention layer, where they enter as keys and values; the shape is (kv_heads, head_dim)."""
     OTHER = "other"
     """A weight that no formula reaches: normalisations, grouped convolutions, quantised or hidden weights."""
+
+    @property
+    def has_weight(self) -> bool:
+        """Whether the site is a weight, and not a place where tokens enter."""
+        return self not in (Kind.TOKENS, Kind.ATTENTION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +52,8 @@ class Site:
 
     Args:
         name: the module's dotted name, as `named_modules()` says it.
-        kind: what its weight does.
-        shape: the stored shape of its weight.
+        kind: what its weight does, or which tokens enter there.
+        shape: the stored shape of its weight; of an attention layer (kv_heads, head_dim).
         layout: how that weight becomes the (out, in) matrix.
     """
 
@@ -69,6 +78,15 @@ class Site:
         rows, columns = self.shape[0], prod(self.shape[1:])
         return (rows, columns) if self.layout is Layout.OUT_IN else (columns, rows)
 
-    def __str__(self) -> str:
+    @property
+    def extent(self) -> str:
+        """Its sizes in words: `384 → 1536`, `384 wide`, `4 heads of 8`."""
+        if self.kind is Kind.TOKENS:
+            return f"{self.shape[1]} wide"
+        if self.kind is Kind.ATTENTION:
+            return f"{self.shape[0]} heads of {self.shape[1]}"
         out, inner = self.matrix_shape
-        return f"{self.name} ({self.kind.value} {inner} → {out})"
+        return f"{inner} → {out}"
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind.value} {self.extent})"

@@ -12,9 +12,9 @@ from peftsurgery.commands.adapter_files import save_adapter
 from peftsurgery.commands.report import Report
 from peftsurgery.disk.locate import locate
 from peftsurgery.errors import PlanError, listing
-from peftsurgery.live import anatomy, pretrained, surgery
+from peftsurgery.live import anatomy, pretrained, soft, surgery
 from peftsurgery.live import sites as tree
-from peftsurgery.method import Method
+from peftsurgery.method import Method, TokenMethod
 from peftsurgery.planning import Plan, by_pattern
 from peftsurgery.planning import plan as make_plan
 from peftsurgery.select import Layers, Query, Word
@@ -32,7 +32,7 @@ BIAS = ("none", "lora_only", "all")
 def plan(
     model: nn.Module,
     method: Method,
-    targets: Words,
+    targets: Words | None = None,
     *,
     exclude_modules: Words | None = None,
     layers_to_transform: Layers | None = None,
@@ -46,7 +46,8 @@ def plan(
     """What `inject` with the same words would do; touches nothing. Print it.
 
     Args:
-        targets: module names by suffix (`"query,value"`), glob, `"re:<regex>"`, `"all-linear"`, or a list.
+        targets: module names by suffix (`"query,value"`), glob, `"re:<regex>"`, `"all-linear"`, or a list;
+            none for prompts and prefixes, which have one place in every model.
         exclude_modules: the same words, for what stays out.
         layers_to_transform: layer numbers, `[0, 1]` or `"0-3"`; `layers_pattern` names the list of layers.
         rank_pattern, alpha_pattern: another `r` or `lora_alpha` for names that match a key, as in PEFT.
@@ -60,6 +61,14 @@ def plan(
     if bias not in BIAS:
         raise PlanError(f"bias is {bias!r} and is one of {listing(BIAS)}.")
     heads = anatomy.heads(model, modules_to_save, _task(model, task))
+    if isinstance(method, TokenMethod):
+        choices = (targets, exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern)
+        _no_words("Virtual tokens have one place in every model: leave out targets and patterns.", *choices)
+        return replace(soft.plan(model, method), modules_to_save=heads, bias=bias)
+    if targets is None:
+        raise PlanError(
+            "No target was given. Name modules, e.g. `targets=['query', 'value']` or 'all-linear'."
+        )
     query = Query.of(targets, exclude_modules, layers_to_transform, layers_pattern)
     patterns = {"r": rank_pattern, "lora_alpha": alpha_pattern}
     chosen = _sited(model, method, query, {name: keys for name, keys in patterns.items() if keys}, heads)
@@ -117,33 +126,23 @@ def inject(
     """
     words = (exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern)
     if isinstance(method, Adapter):
-        _no_words(targets, modules_to_save, *words)
+        _no_words(
+            "A trained adapter knows its sites: leave out targets, patterns and modules_to_save.",
+            targets,
+            modules_to_save,
+            *words,
+        )
         return surgery.inject(_live(model), replace(method, name=name or method.name), trainable=trainable)
     tree_of = _skeleton(model, task, trust_remote_code) if isinstance(model, str | Path) else model
-    chosen = _chosen(tree_of, method, targets, words, modules_to_save, bias, task)
+    named: dict[str, Any] = dict(zip(WORDS, words, strict=True))
+    chosen = plan(tree_of, method, targets, modules_to_save=modules_to_save, bias=bias, task=task, **named)
     if dry_run:
         return _planned(chosen)
     if isinstance(model, str | Path):
         return _written(model, tree_of, chosen, name or "default", seed, task, out, trust_remote_code)
-    fresh = surgery.fresh(tree_of, chosen, name or "default", seed, _peft_task(tree_of, task))
+    ids = _start_ids(tree_of, method)
+    fresh = surgery.fresh(tree_of, chosen, name or "default", seed, _peft_task(tree_of, task), ids=ids)
     return surgery.graft(tree_of, fresh, trainable=trainable)
-
-
-def _chosen(
-    model: nn.Module,
-    method: Method,
-    targets: Words | None,
-    words: tuple[Any, ...],
-    modules_to_save: Sequence[str] | None,
-    bias: str,
-    task: str | None,
-) -> Plan:
-    if targets is None:
-        raise PlanError(
-            "No target was given. Name modules, e.g. `targets=['query', 'value']` or 'all-linear'."
-        )
-    named = dict(zip(WORDS, words, strict=True))
-    return plan(model, method, targets, modules_to_save=modules_to_save, bias=bias, task=task, **named)
 
 
 def _written(
@@ -160,8 +159,10 @@ def _written(
         raise PlanError(
             "A fresh adapter for a model directory needs a place: give `out=` (`-o DIR`), or `dry_run`."
         )
-    if chosen.modules_to_save or chosen.bias != "none":
-        # heads and biases start from the base's own values
+    method = chosen.steps[0].method
+    needs_rows = isinstance(method, TokenMethod) and method.needs_vocabulary
+    if chosen.modules_to_save or chosen.bias != "none" or needs_rows:
+        # heads, biases and prompts that start from words start from the base's own values
         named = _peft_task(tree_of, word)
         tree_of = pretrained.load(
             locate(model),
@@ -169,11 +170,33 @@ def _written(
             fresh=chosen.modules_to_save,
             trust_remote_code=trust_remote_code,
         )
-    adapter = surgery.fresh(tree_of, chosen, name, seed, _peft_task(tree_of, word), real=True)
+    ids = _start_ids(tree_of, method)
+    adapter = surgery.fresh(tree_of, chosen, name, seed, _peft_task(tree_of, word), ids=ids, real=True)
     save_adapter(replace(adapter, base=str(model)), out)
     facts = {"sites": len(chosen.steps), "parameters": adapter.num_parameters, "out": str(out)}
     hint = f"train it with PEFT or peftsurgery, then `peftsurgery merge {model} {out} -o merged`"
     return Report("inject", f"Wrote a fresh {chosen.steps[0].method.name} adapter.", facts, hint=hint)
+
+
+def _start_ids(model: nn.Module, method: Method) -> list[int]:
+    """The token ids of the text that virtual tokens start from; by default the base's tokenizer reads it."""
+    if not isinstance(method, TokenMethod) or method.start_text is None:
+        return []
+    from transformers import AutoTokenizer
+
+    named = getattr(method, "tokenizer_name_or_path", None) or getattr(model.config, "name_or_path", None)
+    if not named:
+        raise PlanError(
+            "A start from a text needs a tokenizer, and the model does not say where its own is. "
+            "Name it: `tokenizer_name_or_path='DIRECTORY'`."
+        )
+    try:
+        return list(AutoTokenizer.from_pretrained(named)(method.start_text)["input_ids"])
+    except (OSError, ValueError) as error:
+        raise PlanError(
+            f"There is no tokenizer in {named!r} to read the start text with. "
+            "Name one: `tokenizer_name_or_path='DIRECTORY'`."
+        ) from error
 
 
 def _planned(chosen: Plan) -> Report:
@@ -196,9 +219,9 @@ def _live(model: nn.Module | str | Path) -> nn.Module:
     return model
 
 
-def _no_words(*words: object) -> None:
+def _no_words(message: str, *words: object) -> None:
     if any(word is not None for word in words):
-        raise PlanError("A trained adapter knows its sites: leave out targets, patterns and modules_to_save.")
+        raise PlanError(message)
 
 
 def _task(model: nn.Module, word: str | None) -> Task | None:

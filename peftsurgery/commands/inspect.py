@@ -119,12 +119,12 @@ def _facts(model: object, offered: Sequence[Site]) -> dict[str, Any]:
 
 def _table(offered: Sequence[Site]) -> list[tuple[str, ...]]:
     """One row per last name component, kind and shape: what one would write into `targets`."""
-    rows = Counter((site.name.rsplit(".", 1)[-1], site.kind, site.matrix_shape) for site in offered)
-    shown = [
-        (name, kind.value, f"{inner} → {out}", str(count))
-        for (name, kind, (out, inner)), count in rows.items()
-        if kind is not Kind.OTHER
-    ]
+    rows = Counter(
+        (site.name.rsplit(".", 1)[-1], site.kind.value, site.extent)
+        for site in offered
+        if site.kind is not Kind.OTHER
+    )
+    shown = [(*row, str(count)) for row, count in rows.items()]
     return [("name", "kind", "in → out", "sites"), *shown]
 
 

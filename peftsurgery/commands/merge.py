@@ -20,6 +20,7 @@ from peftsurgery.disk.writer import staged, write_json
 from peftsurgery.dtypes import dtype_named
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Listener, ignore
+from peftsurgery.fold import touches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,6 +60,7 @@ def merge(
         AdapterError, FoldError, PlanError, CheckpointError: inputs and output are as they were.
     """
     given = [check(adapter) for adapter in gather(adapters, weight, allow_pickle=allow_pickle)]
+    touches(*given)  # what does not fold is refused before a model is looked at
     if not isinstance(model, str | Path):
         return _merge_live(model, given, untie, listen)
     target = _place(model, out)

@@ -1,25 +1,30 @@
-"""PEFT's adapter directory, both ways: `adapter_config.json` beside `adapter_model.safetensors`."""
+"""PEFT's adapter directory, both ways: `adapter_config.json` beside `adapter_model.safetensors`.
+
+Of a soft prompt that has an encoder, the encoder lies in a third file, which PEFT passes over.
+"""
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from peftsurgery.adapter import Adapter, check
-from peftsurgery.disk.peft_config import parse
+from peftsurgery.disk import peft_soft
+from peftsurgery.disk.peft_config import method_of, parse
 from peftsurgery.disk.peft_keys import heads, keyed, understood
 from peftsurgery.disk.peft_render import render
 from peftsurgery.disk.shard import load, read_shard
 from peftsurgery.disk.writer import Entry, write_json, write_safetensors
-from peftsurgery.errors import AdapterError, PlanError, TruncatedShard, UntrustedPickle, listing
-from peftsurgery.method import Method
+from peftsurgery.errors import AdapterError, PlanError, TruncatedShard, UntrustedPickle
+from peftsurgery.method import Method, TokenMethod
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+ENCODER = "encoder.safetensors"
 HOLDS = f"An adapter is a directory that holds {CONFIG} and {TENSORS}."
 
 
@@ -44,7 +49,11 @@ def read(
         AdapterError: anything else that keeps the directory from being understood.
     """
     try:
-        config = parse(_json(path), methods)
+        raw = _json(path)
+        kind = method_of(raw, methods)
+        if issubclass(kind, TokenMethod):
+            return peft_soft.understood(raw, kind, _tensors(path, allow_pickle), _encoder(path), name)
+        config = parse(raw, methods)
         return check(understood(config, _tensors(path, allow_pickle), name))
     except (PlanError, OverflowError) as error:
         raise AdapterError(f"{path / CONFIG} says what no adapter means: {error}") from error
@@ -55,7 +64,7 @@ def read(
 
 
 def write(adapter: Adapter, directory: Path) -> None:
-    """Write the adapter's two files into a directory that `staged` gave.
+    """Write the adapter's files into a directory that `staged` gave.
 
     What PEFT cannot say in the words of the plan's query is said with the full names of the sites.
 
@@ -65,18 +74,23 @@ def write(adapter: Adapter, directory: Path) -> None:
         CheckpointError: a file cannot be written.
     """
     check(adapter)
-    if adapter.shared:
-        raise AdapterError(
-            f"{listing(tuple(adapter.shared))}: PEFT's format has no place for shared parameters here."
-        )
     if any(tensor.is_meta for _, tensor in adapter.tensors()):
         raise AdapterError(
             f"Adapter {adapter.name!r} is on the meta device and has no values. Load or train it first."
         )
-    config, tensors = render(adapter, heads(adapter)), keyed(adapter)
+    if any(isinstance(step.method, TokenMethod) for step in adapter.plan.steps):
+        said = peft_soft.files(adapter)
+    else:
+        said = peft_soft.Files(render(adapter, heads(adapter)), keyed(adapter), [])
+    _put(directory / TENSORS, said.tensors)
+    if said.encoder:
+        _put(directory / ENCODER, said.encoder)
+    write_json(directory / CONFIG, dict(sorted(said.config.items())))
+
+
+def _put(file: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
     entries = [Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors]
-    write_safetensors(directory / TENSORS, entries, tensors, {"format": "pt"})
-    write_json(directory / CONFIG, dict(sorted(config.items())))
+    write_safetensors(file, entries, tensors, {"format": "pt"})
 
 
 def _json(path: Path) -> Mapping[str, object]:
@@ -94,9 +108,17 @@ def _json(path: Path) -> Mapping[str, object]:
     return raw
 
 
+def _encoder(path: Path) -> dict[str, Tensor] | None:
+    return _loaded(path / ENCODER) if (path / ENCODER).exists() else None
+
+
+def _loaded(file: Path) -> dict[str, Tensor]:
+    return {stored.name: load(stored).clone() for stored in read_shard(file).tensors}
+
+
 def _tensors(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
     if (path / TENSORS).exists():
-        return {stored.name: load(stored).clone() for stored in read_shard(path / TENSORS).tensors}
+        return _loaded(path / TENSORS)
     if not (path / PICKLE).exists():
         raise AdapterError(f"{path} holds {CONFIG} but no {TENSORS}. Save or download the adapter again.")
     if allow_pickle:

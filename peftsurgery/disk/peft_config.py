@@ -6,7 +6,7 @@ the file's keys, so a method needs nothing here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
@@ -78,25 +78,30 @@ def parse(raw: Mapping[str, object], methods: Mapping[str, type[Method]]) -> Con
         AdapterError: a value of the wrong type.
         PlanError: a value out of its range.
     """
-    kind = _method(raw, methods)
-    _refuse_options(raw, kind)
+    kind = method_of(raw, methods)
+    refuse_options(raw, PLANNED | {field.name for field in fields(kind)})
     bias = raw.get("bias") or "none"
     if bias not in BIASES:
         raise AdapterError(f"`bias` is {bias!r}. It is one of {listing(BIASES)}.")
     return Config(
-        method=kind(**_arguments(raw, kind)),
+        method=kind(**arguments(raw, kind)),
         query=_query(raw),
         patterns={field: _mapping(raw, word) for word, field in pattern_fields(kind)},
         layout=Layout.IN_OUT if raw.get("fan_in_fan_out") else Layout.OUT_IN,
         bias=str(bias),
-        modules_to_save=_names(raw, "modules_to_save"),
-        task_type=_text(raw, "task_type"),
-        base=_text(raw, "base_model_name_or_path"),
+        modules_to_save=names(raw, "modules_to_save"),
+        task_type=text(raw, "task_type"),
+        base=text(raw, "base_model_name_or_path"),
         twins=bool(raw.get("ensure_weight_tying")),
     )
 
 
-def _method(raw: Mapping[str, object], methods: Mapping[str, type[Method]]) -> type[Method]:
+def method_of(raw: Mapping[str, object], methods: Mapping[str, type[Method]]) -> type[Method]:
+    """The method that `peft_type` names.
+
+    Raises:
+        UnknownMethod: it is none of `methods`.
+    """
     known = {method.peft_type: method for method in methods.values()}
     named = raw.get("peft_type")
     if isinstance(named, str) and named in known:
@@ -112,16 +117,16 @@ def _method(raw: Mapping[str, object], methods: Mapping[str, type[Method]]) -> t
     )
 
 
-def _refuse_options(raw: Mapping[str, object], kind: type[Method]) -> None:
+def refuse_options(raw: Mapping[str, object], understood: Collection[str]) -> None:
+    """Raise an UnknownMethod for an option in force that is neither understood nor harmless."""
     start = str(raw.get("init_lora_weights")).lower()
     if start.startswith(REBASING):
         raise UnknownMethod(
             f"`init_lora_weights` is {start!r}, which changes the base too, so this is not all of it. Save "
             "it from peft as a plain LoRA: `save_pretrained(…, path_initial_model_for_weight_conversion=…)`."
         )
-    known = PLANNED | HARMLESS | {field.name for field in fields(kind)}
     for option, value in raw.items():
-        if option not in known and value not in (None, False, "", [], {}):
+        if option not in understood and option not in HARMLESS and value not in (None, False, "", [], {}):
             raise UnknownMethod(
                 f"The adapter uses `{option}` ({repr(value)[:60]}), which peftsurgery does not implement and "
                 "without which it would compute something else. Use peft for it; where peft can merge it, "
@@ -129,7 +134,12 @@ def _refuse_options(raw: Mapping[str, object], kind: type[Method]) -> None:
             )
 
 
-def _arguments(raw: Mapping[str, object], kind: type[Method]) -> dict[str, Any]:
+def arguments(raw: Mapping[str, object], kind: type[Method]) -> dict[str, Any]:
+    """The method's fields that the file gives a value.
+
+    Raises:
+        AdapterError: a value of the wrong type.
+    """
     given = {field.name: raw[field.name] for field in fields(kind) if raw.get(field.name) is not None}
     start = given.get("init_lora_weights")
     if start is False or start in STARTS:
@@ -186,13 +196,15 @@ def _mapping(raw: Mapping[str, object], key: str) -> Mapping[str, object]:
     return value
 
 
-def _names(raw: Mapping[str, object], key: str) -> tuple[str, ...]:
+def names(raw: Mapping[str, object], key: str) -> tuple[str, ...]:
+    """A list of names; an AdapterError where it is none."""
     value = raw.get(key) or ()
     if not isinstance(value, list | tuple) or not all(isinstance(name, str) and name for name in value):
         raise AdapterError(f"`{key}` is {repr(value)[:60]}. It is a list of names.")
     return tuple(value)
 
 
-def _text(raw: Mapping[str, object], key: str) -> str | None:
+def text(raw: Mapping[str, object], key: str) -> str | None:
+    """A text that says something, or None."""
     value = raw.get(key)
     return value if isinstance(value, str) and value else None

@@ -32,7 +32,7 @@ def understood(config: Config, tensors: Mapping[str, Tensor], name: str) -> Adap
         MismatchedTensors: tensors are missing, unexpected or not selected by the configuration's words.
         PlanError: a pattern or a value that means nothing.
     """
-    _check_numbers(tensors)
+    check_numbers(tensors)
     params, rest = _divided(tensors, config.method)
     sites = [
         site_of(site, config.method, config.layout, params[site]) for site in sorted(params, key=natural)
@@ -47,7 +47,7 @@ def understood(config: Config, tensors: Mapping[str, Tensor], name: str) -> Adap
         Plan(steps, config.query, config.modules_to_save, config.bias, hits),
         {site.name: {word: params[site.name][word] for word in config.method.shapes(site)} for site in sites},
         name,
-        replaced=_replaced(whole, name),
+        replaced=replaced(whole, name),
         task_type=config.task_type,
         base=config.base,
     )
@@ -65,9 +65,7 @@ def keyed(adapter: Adapter) -> list[tuple[str, Tensor]]:
 def heads(adapter: Adapter) -> tuple[str, ...]:
     """`modules_to_save` as the file needs it: the plan's, and the modules of whatever else is whole."""
     plan, sites = adapter.plan, {site.name for site in adapter.plan.sites}
-    others = [
-        name for name in adapter.replaced if not _is_known(name, plan.modules_to_save, plan.bias, sites)
-    ]
+    others = [name for name in adapter.replaced if not is_known(name, plan.modules_to_save, plan.bias, sites)]
     return tuple(dict.fromkeys([*plan.modules_to_save, *(name.rpartition(".")[0] for name in others)]))
 
 
@@ -76,9 +74,9 @@ def _stored(name: str, sites: Collection[str]) -> str:
     return f"{module}{BASE}{leaf}" if module in sites else name
 
 
-def _plain(key: str, name: str = "default") -> str:
+def plain_name(key: str, name: str = "default", prefix: str = PREFIX) -> str:
     """The name of a whole tensor in the model, without what PEFT's wrappers put into it."""
-    full = key.removeprefix(PREFIX).replace(BASE, ".")
+    full = key.removeprefix(prefix).replace(BASE, ".")
     return re.sub(rf"{re.escape(COPY)}(?:{re.escape(name)}\.|default\.)?", ".", full)
 
 
@@ -100,13 +98,13 @@ def _divided(
 
 def _is_announced(key: str, config: Config, sites: Collection[str]) -> bool:
     """Whether the configuration announces a whole tensor under this key."""
-    name = _plain(key)
+    name = plain_name(key)
     module, _, leaf = name.rpartition(".")
     inside = any(name.startswith(f"{site}.") for site in _above(module) if site in sites)
     if not key.startswith(PREFIX) or inside:
         return False
     based = BASE in key and module in sites and leaf in ("weight", "bias")
-    return based or _is_known(name, config.modules_to_save, config.bias, sites)
+    return based or is_known(name, config.modules_to_save, config.bias, sites)
 
 
 def _above(module: str) -> Iterable[str]:
@@ -114,7 +112,7 @@ def _above(module: str) -> Iterable[str]:
     return (".".join(parts[:depth]) for depth in range(1, len(parts)))
 
 
-def _is_known(name: str, modules_to_save: Iterable[str], bias: str, sites: Collection[str]) -> bool:
+def is_known(name: str, modules_to_save: Iterable[str], bias: str, sites: Collection[str]) -> bool:
     """Whether PEFT reads a whole tensor of that name; `modules_to_save` holds mere ends of names."""
     module, _, leaf = name.rpartition(".")
     trained = leaf == "bias" and (bias == "all" or (bias == "lora_only" and module in sites))
@@ -122,14 +120,14 @@ def _is_known(name: str, modules_to_save: Iterable[str], bias: str, sites: Colle
     return trained or saved or any(f"{head}." in name for head in modules_to_save)
 
 
-def _replaced(whole: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+def replaced(whole: Mapping[str, Tensor], name: str, prefix: str = PREFIX) -> dict[str, Tensor]:
     """Whole tensors by their names in the model.
 
     With `bias="all"` PEFT writes a head's bias under several keys, and the untrained original too.
     """
     found: dict[str, Tensor] = {}
     for key in sorted(whole, key=natural):
-        plain = _plain(key, name)
+        plain = plain_name(key, name, prefix)
         if ".original_module." in plain:
             continue
         if plain in found and not torch.equal(found[plain], whole[key]):
@@ -162,7 +160,8 @@ def _hits(sites: Sequence[Site], config: Config) -> dict[str, int]:
     return {word: len(names) for word, names in selection.hits.items()}
 
 
-def _check_numbers(tensors: Mapping[str, Tensor]) -> None:
+def check_numbers(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a MismatchedTensors for tensors of no floating dtype."""
     strange = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
     if strange:
         raise MismatchedTensors(

@@ -3,12 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
 
 from torch import Tensor, nn
 
-from peftsurgery.errors import NoSiteMatched, listing, nearest
+from peftsurgery.errors import NoSiteMatched, PlanError, UnsupportedSite, listing, nearest
+from peftsurgery.live.grafts import Graft
 from peftsurgery.live.sites import walk
+from peftsurgery.site import Kind, Layout, Site
 from peftsurgery.tasks import Task
+
+ENCODERS = {
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta-v2"), "attention.self"
+    ),
+    **dict.fromkeys(("albert", "distilbert"), "attention"),
+    "mpnet": "attention.attn",
+    "modernbert": "attn",
+}
+"""Model type → how the names of its self-attention modules end, for bidirectional encoders."""
+
+CAUSAL = ("self_attn", "attn", "SelfAttention", "self_attention", "attention")
+"""How the names of self-attention modules end where keys and values are cached; the first that is there."""
+
+SKIPS_PADDING = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
+"""Encoders that number only the tokens that are no padding, from `padding_idx` + 1 on."""
+
+POSITIONS = ("position_embeddings", "wpe", "embed_positions")
+"""The names of tables of learned positions."""
+
+PER_TOKEN = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "ForPreTraining", "LMHeadModel")
+"""How the names of classes end whose labels are one per token."""
 
 
 def output_embeddings(model: nn.Module) -> tuple[str, ...]:
@@ -50,3 +77,132 @@ def label_weights(tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """The (labels, hidden) weights among an adapter's heads: the last map of a classifier."""
     ends = (".classifier.weight", ".classifier.out_proj.weight", ".score.weight", ".qa_outputs.weight")
     return [tensor for name, tensor in tensors.items() if f".{name}".endswith(ends)]
+
+
+class Family(Enum):
+    """How an architecture reads its input."""
+
+    ENCODER = "encoder"
+    DECODER = "decoder"
+    ENCODER_DECODER = "encoder-decoder"
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """Where the virtual tokens of a model enter.
+
+    Args:
+        family: how it reads.
+        embedding: the name of the word embeddings that a prompt goes with: the encoder's, if there are two.
+        trunk: the name of the stack of layers that a prefix goes to: the decoder, where there are two; `""`
+            is the model itself.
+        memory: the name of the encoder of an encoder-decoder, which a prompt goes to.
+        padding: for encoders that number only what is no padding: the padding token's id.
+        per_token: whether the labels are one per token.
+    """
+
+    family: Family
+    embedding: str
+    trunk: str
+    memory: str = ""
+    padding: int | None = None
+    per_token: bool = False
+
+
+def body(model: nn.Module) -> Body:
+    """Where the virtual tokens of a model enter.
+
+    Raises:
+        PlanError: it has no word embeddings, or is no transformers model.
+    """
+    config: Any = getattr(model, "config", None)
+    embedding = _embedding(model) if config is not None else None
+    if embedding is None:
+        raise PlanError(
+            f"{type(model).__name__} is no transformers model with word embeddings, so virtual tokens have "
+            "no place to enter. Take LoRA for it; nothing was changed."
+        )
+    if config.is_encoder_decoder:
+        memory = _half(model, "get_encoder")
+        within = _embedding(model.get_submodule(memory)) or embedding
+        return Body(Family.ENCODER_DECODER, f"{memory}.{within}", _half(model, "get_decoder"), memory)
+    per_token = type(model).__name__.endswith(PER_TOKEN)
+    if config.model_type in ENCODERS and not getattr(config, "is_decoder", False):
+        prefix = str(getattr(model, "base_model_prefix", ""))
+        padding = config.pad_token_id if config.model_type in SKIPS_PADDING else None
+        trunk = prefix if prefix in model._modules else ""
+        return Body(Family.ENCODER, embedding, trunk, padding=padding, per_token=per_token)
+    return Body(Family.DECODER, embedding, _half(model, "get_decoder"), per_token=per_token)
+
+
+def embedding_below(model: nn.Module, stack: str) -> str:
+    """The name, below a stack of layers, of the word embeddings that it looks words up in."""
+    return _embedding(model.get_submodule(stack)) or ""
+
+
+def _embedding(stack: nn.Module) -> str | None:
+    found = stack.get_input_embeddings()  # type: ignore[operator]
+    return next((name for name, module in walk(stack) if module is found), None)
+
+
+def _half(model: nn.Module, getter: str) -> str:
+    half = getattr(model, getter)()
+    return next((name for name, module in walk(model) if module is half), "")
+
+
+def token_sites(model: nn.Module, kinds: Iterable[Kind]) -> tuple[Site, ...]:
+    """The sites where virtual tokens enter: the word embeddings, or every layer's attention in order.
+
+    ALBERT's layers are one module under one name, so it has one such site.
+
+    Raises:
+        PlanError, UnsupportedSite: the model has no such place.
+    """
+    place = body(model)
+    if Kind.TOKENS in kinds:
+        table = model.get_submodule(place.embedding).weight
+        assert isinstance(table, Tensor)
+        return (Site(place.embedding, Kind.TOKENS, tuple(table.shape), Layout.IN_OUT),)
+    shape = _heads(model, place.family)
+    return tuple(Site(name, Kind.ATTENTION, shape) for name in _attentions(model, place))
+
+
+def position_limit(stack: nn.Module) -> int | None:
+    """The longest input that a stack of layers has positions for; None where positions are computed."""
+    for name, module in walk(stack):
+        root = module.root if isinstance(module, Graft) else module
+        if name.rpartition(".")[2] in POSITIONS and isinstance(root, nn.Embedding):
+            padding = -1 if root.padding_idx is None else root.padding_idx
+            return root.num_embeddings - int(getattr(root, "offset", padding + 1))
+    return None
+
+
+def _attentions(model: nn.Module, place: Body) -> list[str]:
+    config: Any = model.config
+    ends = (ENCODERS[config.model_type],) if place.family is Family.ENCODER else CAUSAL
+    inside = f"{place.trunk}." if place.trunk else ""
+    names = [name for name, _ in walk(model) if name.startswith(inside)]
+    for end in ends:
+        found = [name for name in names if f".{name}".endswith(f".{end}")]
+        if found:
+            return found
+    raise UnsupportedSite(
+        f"{type(model).__name__} ({config.model_type}) has no attention that a prefix is known to fit. "
+        "Take prompt tuning for it; nothing was changed.",
+        site=place.trunk,
+    )
+
+
+def _heads(model: nn.Module, family: Family) -> tuple[int, int]:
+    """(kv_heads, head_dim) of every layer."""
+    config: Any = model.config
+    words = (
+        ("decoder_attention_heads", "num_heads")
+        if family is Family.ENCODER_DECODER
+        else ("num_attention_heads",)
+    )
+    heads = int(next(value for word in words if (value := getattr(config, word, None))))
+    wide = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    return int(getattr(config, "num_key_value_heads", None) or heads), int(
+        wide or config.hidden_size // heads
+    )

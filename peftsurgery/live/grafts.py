@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -18,25 +19,34 @@ from peftsurgery.site import Site
 class Factor(nn.Module):
     """One named factor of a method, e.g. `lora_A`; it prints as the map that it is."""
 
+    def hold(self, name: str, parameter: nn.Parameter) -> None:
+        """Take a parameter in, under a name whose dots are modules."""
+        head, _, rest = name.partition(".")
+        if not rest:
+            self._parameters[head] = parameter
+            return
+        child = self._modules.setdefault(head, Factor())
+        assert isinstance(child, Factor)
+        child.hold(rest, parameter)
+
     def extra_repr(self) -> str:
         weight = self._parameters.get("weight")
         return "" if weight is None else f"{weight.shape[1:].numel()} → {weight.shape[0]}"
 
 
-class Theta(nn.Module):
+class Theta(Factor):
     """The parameters of one method at one site, under the names that the PEFT file format gives them."""
 
     method: Method
-    names: tuple[tuple[str, str, str], ...]
+    names: tuple[str, ...]
 
     def __init__(self, method: Method, params: Mapping[str, Tensor], dropout: float, trainable: bool) -> None:
         super().__init__()
-        self.__dict__.update(method=method, names=tuple((name, *_split(name)) for name in params))
+        self.__dict__.update(method=method, names=tuple(params))
         if dropout:
             self.add_module(f"{method.name}_dropout", nn.Dropout(dropout))
-        for name, head, leaf in self.names:
-            owner = self if not head else self._modules.setdefault(head, Factor()) or self
-            owner._parameters[leaf] = nn.Parameter(params[name], requires_grad=trainable)
+        for name, value in params.items():
+            self.hold(name, nn.Parameter(value, requires_grad=trainable))
 
     @property
     def dropout(self) -> nn.Module | None:
@@ -44,7 +54,7 @@ class Theta(nn.Module):
 
     def params(self) -> dict[str, Tensor]:
         """Parameter name → parameter."""
-        return {name: getattr(getattr(self, head) if head else self, leaf) for name, head, leaf in self.names}
+        return {name: attrgetter(name)(self) for name in self.names}
 
     def _get_name(self) -> str:
         return type(self.method).__name__
@@ -176,11 +186,6 @@ def effective(module: nn.Module, site: Site) -> Tensor:
 
 def _by_definition(method: WeightMethod) -> Callable[[Op, Tensor, Params], Tensor]:
     return lambda op, x, p: WeightMethod.forward(method, op, x, p)
-
-
-def _split(name: str) -> tuple[str, str]:
-    head, _, leaf = name.rpartition(".")
-    return head, leaf
 
 
 __all__ = ["Factor", "Graft", "StandIn", "Theta", "WeightGraft", "clone", "effective", "leaf"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from peftsurgery.adapter import Adapter, check, rebased
 from peftsurgery.errors import AlreadyGrafted, MismatchedTensors, PlanError, UnclaimedSites, listing, nearest
+from peftsurgery.live import soft
 from peftsurgery.live.chart import Record, chart, enter, leave, record
 from peftsurgery.live.grafts import Graft, StandIn, Theta, WeightGraft
 from peftsurgery.live.pause import collector_paused
 from peftsurgery.live.sites import everywhere, sites, walk
-from peftsurgery.live.swap import require_grad, swap
+from peftsurgery.live.swap import Hook, hook, require_grad, swap, unhook
 from peftsurgery.method import WeightMethod
 from peftsurgery.planning import Plan, Step
 
@@ -32,23 +33,26 @@ def fresh(
     seed: int | None = None,
     task_type: str | None = None,
     *,
+    ids: Sequence[int] = (),
     real: bool = False,
 ) -> Adapter:
     """A new adapter for `plan`: initialised parameters, and copies of the heads and biases that will train.
 
     Args:
         seed: makes the parameters reproducible.
+        ids: the token ids of the text that virtual tokens start from.
         real: give parameters memory and values even where the model is on the meta device.
 
     Raises:
         NoSiteMatched: a head of `plan.modules_to_save` that the model lacks.
     """
     modules = dict(walk(model))
-    meta = not real and any(modules[site.name].weight.is_meta for site in plan.sites[:1])
+    meta = not real and next(model.parameters()).is_meta
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     params = {s.site.name: _blank(s) if meta else s.method.init(s.site, None, generator) for s in plan.steps}
+    shared = soft.fresh(model, plan, generator, ids, meta)
     base = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    return Adapter(plan, params, name, replaced=_copies(modules, plan), task_type=task_type, base=base)
+    return Adapter(plan, params, name, shared, _copies(modules, plan), task_type, base)
 
 
 def inject(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.Module:
@@ -61,6 +65,10 @@ def inject(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.
         AlreadyGrafted: an adapter of that name is on the model.
         UnclaimedSites, MismatchedTensors, NonFiniteWeight: the adapter does not fit; nothing was changed.
     """
+    if soft.method_of(adapter.plan) is not None:
+        own = check(soft.settled(model, adapter))
+        own = replace(own, shared={name: p.clone() for name, p in own.shared.items()})
+        return graft(model, own, trainable=trainable)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)} if adapter.replaced else ()
     own, _ = rebased(check(adapter), sites(model), names)
     copied = {site: {name: p.clone() for name, p in params.items()} for site, params in own.params.items()}
@@ -78,19 +86,15 @@ def graft(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.M
     modules = dict(walked)
     _check_name(model, adapter, modules)
     replaced = _by_module(adapter, modules)
-    grafts = _grafts(adapter, replaced, modules, trainable)
+    grafts, carrier, hooks = _grafts(model, adapter, replaced, modules, trainable)
     base = (
         {} if chart(model).records else {name: p for name, p in model.named_parameters() if p.requires_grad}
     )
+    leaves = tuple((module, tuple(values)) for module, values in replaced.items())
+    new = Record(adapter.name, adapter.plan, leaves, adapter.task_type, adapter.base, carrier, hooks)
     swap(model, everywhere(grafts, walked))
+    hook(model, hooks)
     require_grad(base.values(), False)
-    new = Record(
-        adapter.name,
-        adapter.plan,
-        tuple((module, tuple(values)) for module, values in replaced.items()),
-        adapter.task_type,
-        adapter.base,
-    )
     enter(model, new, tuple(base))
     return model
 
@@ -110,6 +114,7 @@ def remove(model: nn.Module, name: str) -> Adapter:
     swap(model, everywhere(bare, walked))
     for worn, below in inner:
         swap(worn, {"base": below})
+    unhook(model, record(model, name).hooks)
     thaw = set(leave(model, name))
     require_grad((p for full, p in model.named_parameters() if full in thaw), True)
     return adapter
@@ -123,8 +128,14 @@ def taken(model: nn.Module, name: str) -> Adapter:
     """
     entry, modules = record(model, name), dict(walk(model))
     layers = {place: list(_layers(modules[place], name)) for place in entry.places}
-    steps, params = [], {}
+    steps: list[Step] = []
+    params: dict[str, Mapping[str, Tensor]] = {}
+    shared = {} if entry.carrier is None else soft.taken(modules[entry.carrier], name)
     for step in entry.plan.steps:
+        if entry.carrier is not None:
+            steps.append(step)
+            params[step.site.name] = {}
+            continue
         graft = next(g for g in layers[step.site.name] if isinstance(g, WeightGraft))
         steps.append(Step(step.site, graft.method))
         params[step.site.name] = {key: p.detach() for key, p in graft.theta.params().items()}
@@ -133,7 +144,7 @@ def taken(model: nn.Module, name: str) -> Adapter:
         own = next(g for g in layers[place] if isinstance(g, StandIn)).own
         replaced.update({f"{place}.{leaf}": own.get_parameter(leaf).detach() for leaf in leaves})
     plan = replace(entry.plan, steps=tuple(steps))
-    return Adapter(plan, params, name, replaced=replaced, task_type=entry.task_type, base=entry.base)
+    return Adapter(plan, params, name, shared, replaced, entry.task_type, entry.base)
 
 
 def _blank(step: Step) -> dict[str, Tensor]:
@@ -219,15 +230,19 @@ def _by_module(adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def _grafts(
-    adapter: Adapter, replaced: Replaced, modules: Mapping[str, nn.Module], trainable: bool
-) -> dict[str, Graft]:
+    model: nn.Module, adapter: Adapter, replaced: Replaced, modules: Mapping[str, nn.Module], trainable: bool
+) -> tuple[dict[str, Graft], str | None, tuple[tuple[str, Hook], ...]]:
+    """The new grafts by name and, for virtual tokens, the name of their carrier and their hooks."""
     grafts: dict[str, Graft] = {}
     for place, values in replaced.items():
         grafts[place] = StandIn(modules[place], adapter.name, values, trainable)
+    if soft.method_of(adapter.plan) is not None:
+        own, carrier, hooks = soft.operation(model, adapter, {**modules, **grafts}, trainable)
+        return grafts | own, carrier, hooks
     for step in adapter.plan.steps:
         place = step.site.name
         grafts[place] = _weight_graft(grafts.get(place, modules[place]), step, adapter, trainable)
-    return grafts
+    return grafts, None, ()
 
 
 def _weight_graft(base: nn.Module, step: Step, adapter: Adapter, trainable: bool) -> WeightGraft:

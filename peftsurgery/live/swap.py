@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
 from torch import nn
 
 from peftsurgery.errors import PlanError
 
 CHART = "_peftsurgery"
+
+
+class Hook(Protocol):
+    """What rewrites the arguments of a module's call; it compares by value, so a copy can be taken off."""
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The new arguments; None leaves them alone."""
 
 
 def swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -28,6 +38,25 @@ def swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Mod
             parent._modules[leaf] = old[name]
         raise
     return {name: module for name, module in old.items() if module is not None}
+
+
+def hook(model: nn.Module, hooks: Iterable[tuple[str, Hook]]) -> None:
+    """Let each hook rewrite the calls of the module of its name (`""` is the model itself).
+
+    Raises:
+        AttributeError: a name that the model does not have; nothing has been changed.
+    """
+    for module, own in [(model.get_submodule(name), own) for name, own in hooks]:
+        module.register_forward_pre_hook(own, with_kwargs=True)
+
+
+def unhook(model: nn.Module, hooks: Iterable[tuple[str, Hook]]) -> None:
+    """Take the hooks off again."""
+    for name, own in hooks:
+        module = model.get_submodule(name)
+        for key in [key for key, found in module._forward_pre_hooks.items() if found == own]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def require_grad(parameters: Iterable[nn.Parameter], flag: bool) -> None:

@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftsurgery.method import Method
+from peftsurgery.methods.hard import HardPrompt
 from peftsurgery.methods.lora import LoRA
+from peftsurgery.methods.p_tuning import PTuning
+from peftsurgery.methods.prefix import PrefixTuning
+from peftsurgery.methods.prompt import PromptTuning
 
-METHODS: Mapping[str, type[Method]] = {method.name: method for method in (LoRA,)}
+METHODS: Mapping[str, type[Method]] = {
+    method.name: method for method in (LoRA, PromptTuning, PTuning, PrefixTuning)
+}
 
-__all__ = ["METHODS", "LoRA"]
+__all__ = ["METHODS", "HardPrompt", "LoRA", "PTuning", "PrefixTuning", "PromptTuning"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import peftsurgery as ps
-from peftsurgery.method import Method
+from peftsurgery.method import Method, WeightMethod
 from tests.subjects import SUBJECTS, Subject
 
 SETTINGS: dict[str, list[Method]] = {
@@ -22,7 +22,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "subject" in metafunc.fixturenames and "subject" not in own:
         metafunc.parametrize("subject", SUBJECTS, ids=str)
     if "method" in metafunc.fixturenames:
-        named = [(f"{name}{i}", method) for name in ps.METHODS for i, method in enumerate(SETTINGS[name])]
+        weights = [name for name, kind in ps.METHODS.items() if issubclass(kind, WeightMethod)]
+        named = [(f"{name}{i}", method) for name in weights for i, method in enumerate(SETTINGS[name])]
         metafunc.parametrize("method", [m for _, m in named], ids=[name for name, _ in named])
 
 

@@ -20,11 +20,15 @@ def test_public_names() -> None:
         *(
             "Adapter",
             "Event",
+            "HardPrompt",
             "Kind",
             "Layout",
             "LoRA",
             "METHODS",
+            "PTuning",
             "Plan",
+            "PrefixTuning",
+            "PromptTuning",
             "Report",
             "Site",
             "Step",
@@ -33,6 +37,7 @@ def test_public_names() -> None:
         *(
             "activate",
             "adapters",
+            "bake",
             "export_onnx",
             "folded",
             "inject",

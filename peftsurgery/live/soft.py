@@ -1,0 +1,132 @@
+"""Virtual tokens for `surgery`: the plan, the grafts and hooks of an adapter, and taking it off again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from peftsurgery.adapter import Adapter
+from peftsurgery.errors import PlanError
+from peftsurgery.live import prefixes, prompts
+from peftsurgery.live.anatomy import Family, body, embedding_below, token_sites
+from peftsurgery.live.attention import PrefixGraft
+from peftsurgery.live.chart import chart
+from peftsurgery.live.grafts import Graft, Theta
+from peftsurgery.live.swap import Hook
+from peftsurgery.live.tokens import TokenGraft
+from peftsurgery.method import TokenMethod
+from peftsurgery.planning import Plan, Step
+from peftsurgery.site import Kind
+
+
+def plan(model: nn.Module, method: TokenMethod) -> Plan:
+    """Where `method` goes: the model's one place for such tokens, so there is nothing to choose.
+
+    Raises:
+        PlanError: the model has no place for them.
+    """
+    return Plan(tuple(Step(site, method) for site in token_sites(model, method.kinds)))
+
+
+def method_of(plan: Plan) -> TokenMethod | None:
+    """The plan's method, if it is one of virtual tokens."""
+    method = plan.steps[0].method if plan.steps else None
+    return method if isinstance(method, TokenMethod) else None
+
+
+def settled(model: nn.Module, adapter: Adapter) -> Adapter:
+    """The adapter said in the model's own names: a file of virtual tokens names no module.
+
+    Raises:
+        PlanError: the model has no place for them.
+    """
+    method = method_of(adapter.plan)
+    assert method is not None
+    steps = plan(model, method).steps
+    params: dict[str, dict[str, Tensor]] = {step.site.name: {} for step in steps}
+    return replace(adapter, plan=replace(adapter.plan, steps=steps), params=params)
+
+
+def fresh(
+    model: nn.Module, plan: Plan, generator: torch.Generator | None, ids: Sequence[int], blank: bool
+) -> dict[str, Tensor]:
+    """Fresh parameters of the plan's method; with `blank`, their shapes on the meta device.
+
+    Args:
+        ids: the token ids of the method's `start_text`.
+    """
+    method = method_of(plan)
+    if method is None:
+        return {}
+    if blank:
+        shapes = method.shared_shapes(plan.sites)
+        return {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    table = model.get_submodule(body(model).embedding).weight if method.needs_vocabulary else None
+    vocabulary = table if isinstance(table, Tensor) and not table.is_meta else None
+    return method.init_shared(plan.sites, generator, vocabulary, ids)
+
+
+def operation(
+    model: nn.Module, adapter: Adapter, bases: Mapping[str, nn.Module], trainable: bool
+) -> tuple[dict[str, Graft], str, tuple[tuple[str, Hook], ...]]:
+    """The grafts by name, the name of their carrier and the hooks that put the adapter on the model.
+
+    Args:
+        bases: what stands at each name, replaced heads included.
+
+    Raises:
+        PlanError: there is a prefix on the model already.
+    """
+    place, method = body(model), method_of(adapter.plan)
+    assert method is not None
+    prefixed = Kind.ATTENTION in method.kinds
+    at = _joined(place.trunk, embedding_below(model, place.trunk)) if prefixed else place.embedding
+    carrier = TokenGraft(bases[at], adapter.name, _theta(bases[at], adapter, method, trainable))
+    grafts: dict[str, Graft] = {at: carrier}
+    if not prefixed:
+        return grafts, at, prompts.hooks(model, place, adapter.name, method.num_virtual_tokens)
+    _check_single(model)
+    heads = adapter.plan.sites[0].shape
+    if place.family is Family.ENCODER:
+        for layer, site in enumerate(adapter.plan.sites):
+            base = bases[site.name]
+            grafts[site.name] = PrefixGraft(base, adapter.name, layer, carrier, (heads[0], heads[1]))
+    return grafts, at, prefixes.hooks(model, place, adapter.name, heads)
+
+
+def taken(carrier: nn.Module, name: str) -> dict[str, Tensor]:
+    """The parameters of one adapter at its carrier."""
+    while isinstance(carrier, Graft):
+        if isinstance(carrier, TokenGraft) and carrier.label == name:
+            return {key: p.detach() for key, p in carrier.theta.params().items()}
+        carrier = carrier.base
+    raise PlanError(f"The word embeddings were replaced while the adapter {name!r} was on them; it is lost.")
+
+
+def _theta(base: nn.Module, adapter: Adapter, method: TokenMethod, trainable: bool) -> Theta:
+    weight = base.weight
+    assert isinstance(weight, Tensor)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    params = {name: p.to(weight.device, dtype) for name, p in adapter.shared.items()}
+    return Theta(method, params, 0.0, trainable and method.trainable)
+
+
+def _joined(stack: str, below: str) -> str:
+    return f"{stack}.{below}" if stack else below
+
+
+def _check_single(model: nn.Module) -> None:
+    other = next(
+        (r for r in chart(model).records if r.carrier and r.plan.sites[0].kind is Kind.ATTENTION), None
+    )
+    if other is not None:
+        raise PlanError(
+            f"{type(model).__name__} has the prefix {other.name!r} already, and a model takes one at a time. "
+            f"Remove it first (`remove(model, {other.name!r})`); nothing was changed."
+        )
+
+
+__all__ = ["fresh", "method_of", "operation", "plan", "settled", "taken"]

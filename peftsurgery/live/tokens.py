@@ -1,0 +1,125 @@
+"""Virtual tokens on a live model: the graft that carries them, and how a hook finds it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftsurgery.errors import InputTooLong, PlanError
+from peftsurgery.live.grafts import Graft, Theta
+from peftsurgery.method import TokenMethod
+
+Call = dict[str, Any]
+"""The arguments of a call by name."""
+
+
+class TokenGraft(Graft):
+    """The word embeddings, wearing the parameters of virtual tokens; words are embedded as ever."""
+
+    def __init__(self, base: nn.Module, label: str, theta: Theta) -> None:
+        super().__init__(base, label, theta)
+
+    @property
+    def theta(self) -> Theta:
+        """The adapter's parameters."""
+        theta = self._modules[self.label]
+        assert isinstance(theta, Theta)
+        return theta
+
+    @property
+    def method(self) -> TokenMethod:
+        method = self.theta.method
+        assert isinstance(method, TokenMethod)
+        return method
+
+    def tokens(self) -> Tensor:
+        """The virtual tokens in the dtype of the word embeddings: what `TokenMethod.tokens` gives."""
+        weight = self.root.weight
+        assert isinstance(weight, Tensor)
+        return self.method.tokens(self.theta.params(), training=self.theta.training).to(weight.dtype)
+
+    def keys_and_values(self, head_dim: int, heads: int) -> Tensor:
+        """A prefix as (2 · layers, heads, n, head_dim); even rows are keys, odd ones values."""
+        flat = self.tokens()
+        return flat.view(flat.shape[0], -1, heads, head_dim).permute(1, 2, 0, 3)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base(*args, **kwargs)
+
+
+def embedding_at(module: nn.Module, path: str) -> nn.Module:
+    """The word embeddings, grafts and all, by their name below `module`."""
+    found: nn.Module = module
+    for part in path.split("."):
+        inside = found.root if isinstance(found, Graft) else found
+        found = inside._modules.get(part) or nn.Module()
+    return found
+
+
+def token_graft(module: nn.Module, path: str, label: str) -> TokenGraft:
+    """The graft of one adapter at the word embeddings.
+
+    Raises:
+        PlanError: somebody replaced the word embeddings, graft and all.
+    """
+    found = embedding_at(module, path)
+    while isinstance(found, Graft):
+        if isinstance(found, TokenGraft) and found.label == label:
+            return found
+        found = found.base
+    raise PlanError(
+        f"The word embeddings of {type(module).__name__} were replaced while the adapter {label!r} was on "
+        "them. Remove the adapter first, and put it back afterwards."
+    )
+
+
+def arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """The arguments of a call of `module`, by name; those that are None are left out."""
+    named = {**dict(zip(_parameters(type(module).forward), args, strict=False)), **kwargs}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def leading(call: Call) -> tuple[int, ...]:
+    """The shape of the input without its width: (batch, length), or (batch, choices, length)."""
+    return tuple(call["input_ids"].shape if "input_ids" in call else call["inputs_embeds"].shape[:-1])
+
+
+def is_continued(call: Call) -> bool:
+    """Whether the call continues an earlier one, whose keys and values it brings."""
+    past = call.get("past_key_values")
+    return past is not None and past.get_seq_length() > 0
+
+
+def widened(tensor: Tensor, count: int, value: float) -> Tensor:
+    """`count` times `value` in front of every row.
+
+    Raises:
+        PlanError: a mask of more than two dimensions, whose meaning is not ours to extend.
+    """
+    if tensor.ndim == 4:
+        raise PlanError(
+            "A 4-dimensional attention mask cannot be extended by virtual tokens. Give the (batch, length) "
+            "mask, and generate with a cache that grows (the default)."
+        )
+    return torch.nn.functional.pad(tensor, (count, 0), value=value)
+
+
+def check_length(length: int, count: int, limit: int | None) -> None:
+    """Raise InputTooLong where virtual tokens and input do not fit the model's positions."""
+    if limit is not None and length + count > limit:
+        raise InputTooLong(
+            f"The input has {length} tokens, the adapter adds {count}, and the model has {limit} positions. "
+            f"Cut the input to {limit - count} tokens (`truncation=True, max_length={limit - count}`).",
+            length=length,
+            limit=limit - count,
+        )
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)[1:]
