@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftsurgery import __version__
-from peftsurgery.adapter import Adapter, check
+from peftsurgery.adapter import Adapter, bake, check
 from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.companions import carry, merged_config
 from peftsurgery.commands.fitting import common_task, labels
@@ -20,6 +20,7 @@ from peftsurgery.disk.locate import locate
 from peftsurgery.disk.writer import staged, write_json
 from peftsurgery.events import Event, Listener, ignore
 from peftsurgery.live import pretrained, surgery
+from peftsurgery.method import TokenMethod
 from peftsurgery.live.active import canonical_name
 from peftsurgery.live.merge import merge as merge_live
 from peftsurgery.tasks import task as task_named
@@ -97,19 +98,27 @@ def _write_graph(
 def operated(
     model: nn.Module | str | Path, adapters: list[Adapter], factored: bool, task: str | None, trust: bool
 ) -> Iterator[nn.Module]:
-    """The live model with the adapters merged or, factored, grafted; a live one is as before afterwards."""
+    """The live model with the adapters merged or, factored, grafted; a live one is as before afterwards.
+
+    Virtual tokens have no weight to be merged into: they are baked, and grafted in either case.
+    """
     live = loaded(model, adapters, task, trust) if isinstance(model, str | Path) else model
+    merged = [] if factored else [adapter for adapter in adapters if not _has_tokens(adapter)]
     undo: list[Callable[[], object]] = []
     try:
-        if adapters and not factored:
-            undo.append(merge_live(live, *adapters))
-        for adapter in adapters if factored else ():
-            surgery.inject(live, adapter, trainable=False)
+        if merged:
+            undo.append(merge_live(live, *merged))
+        for adapter in (adapter for adapter in adapters if adapter not in merged):
+            surgery.inject(live, bake(adapter), trainable=False)
             undo.append(partial(surgery.remove, live, adapter.name))
         yield live
     finally:
         for step in reversed(undo):
             step()
+
+
+def _has_tokens(adapter: Adapter) -> bool:
+    return any(isinstance(step.method, TokenMethod) for step in adapter.plan.steps)
 
 
 def loaded(model: str | Path, adapters: list[Adapter], task: str | None, trust: bool) -> nn.Module:
