@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from peftsurgery.live.swap import Hook
 from peftsurgery.live.tokens import TokenGraft
 from peftsurgery.method import TokenMethod
 from peftsurgery.planning import Plan, Step
-from peftsurgery.site import Kind
+from peftsurgery.site import Kind, Site
 
 
 def plan(model: nn.Module, method: TokenMethod) -> Plan:
@@ -37,17 +36,14 @@ def method_of(plan: Plan) -> TokenMethod | None:
     return method if isinstance(method, TokenMethod) else None
 
 
-def settled(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter said in the model's own names: a file of virtual tokens names no module.
+def offered(model: nn.Module, plan: Plan) -> tuple[Site, ...]:
+    """The model's own places for the tokens of a plan; none for a method that cuts weights.
 
     Raises:
         PlanError: the model has no place for them.
     """
-    method = method_of(adapter.plan)
-    assert method is not None
-    steps = plan(model, method).steps
-    params: dict[str, dict[str, Tensor]] = {step.site.name: {} for step in steps}
-    return replace(adapter, plan=replace(adapter.plan, steps=steps), params=params)
+    method = method_of(plan)
+    return () if method is None else token_sites(model, method.kinds)
 
 
 def fresh(
@@ -129,4 +125,4 @@ def _check_single(model: nn.Module) -> None:
         )
 
 
-__all__ = ["fresh", "method_of", "operation", "plan", "settled", "taken"]
+__all__ = ["fresh", "method_of", "offered", "operation", "plan", "taken"]

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from peftsurgery.errors import PlanError
+from peftsurgery.live.grafts import Graft
 
 CHART = "_peftsurgery"
 
@@ -90,6 +91,8 @@ def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
         parent = model.get_submodule(parent_name)
     except AttributeError:
         parent = nn.Module()
+    if parent_name and isinstance(parent, Graft):
+        parent = parent.root
     if not name or parent._modules.get(leaf) is None:
         raise PlanError(f"{type(model).__name__} has no module {name!r} to swap. Nothing was changed.")
     return parent, leaf
