@@ -10,6 +10,14 @@ import click
 
 from peftsurgery import __version__
 from peftsurgery.errors import SurgeryError
+from peftsurgery.flags import (
+    SETTINGS,
+    report_options,
+    setting_options,
+    soft_options,
+    trust_options,
+    word_options,
+)
 
 EXIT_FAILED = 1
 
@@ -27,60 +35,14 @@ def main() -> None:
     """The operating table for models with parameter-efficient adapters."""
 
 
-def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every command has; they say how to show, never what to do."""
-    for option in (
-        click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error."),
-        click.option("-q", "--quiet", is_flag=True, help="Show errors only."),
-        click.option(
-            "--json",
-            "as_json",
-            is_flag=True,
-            help="Print the report as JSON on stdout; progress goes to stderr.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-def trust_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option(
-            "--trust-remote-code", is_flag=True, help="Run the Python code that the model directory brings."
-        ),
-        click.option("--allow-pickle", is_flag=True, help="Read a .bin adapter (weights only)."),
-    ):
-        command = option(command)
-    return command
-
-
-def word_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--layers-pattern", help="The name of the list of layers, where it is not evident."),
-        click.option("--layers-to-transform", help="Layer numbers, e.g. 0-3,7."),
-        click.option("--exclude-modules", help="What stays out, in the words of --targets."),
-        click.option("--targets", help="Sites: suffixes (query,value), globs, re:<regex>, or all-linear."),
-    ):
-        command = option(command)
-    return command
-
-
-def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--dropout", "lora_dropout", type=float, help="lora_dropout."),
-        click.option("--alpha", "lora_alpha", type=float, help="lora_alpha."),
-        click.option("--r", "--rank", type=int, help="Rank (r)."),
-        click.option(
-            "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter, e.g. r=16."
-        ),
-    ):
-        command = option(command)
-    return command
-
-
 def chosen_method(options: dict[str, Any], *, needed: bool = True) -> Callable[[], Any]:
-    """Take what says a method out of a command's options; called, it makes the method, or None of no words."""
-    common = {name: options.pop(name) for name in ("r", "lora_alpha", "lora_dropout")}
+    """Take what says a method out of the options; called, it makes the method, or None of no words."""
+    common = {name: options.pop(name, None) for name in SETTINGS}
+    common["prefix_projection"] = common["prefix_projection"] or None
+    if common["prompt_tuning_init_text"] is not None:
+        common["prompt_tuning_init"] = "TEXT"
+    if common["encoder_reparameterization_type"] is not None:
+        common["encoder_reparameterization_type"] = common["encoder_reparameterization_type"].upper()
     settings, word = options.pop("settings"), options.pop("method")
 
     def make() -> Any:
@@ -135,9 +97,15 @@ def inspect_command(**options: Any) -> None:
 
 @main.command("inject")
 @click.argument("model")
-@click.option("--method", default="lora", show_default=True, help="The method, e.g. lora.")
+@click.option(
+    "--method",
+    default="lora",
+    show_default=True,
+    help="lora, prompt-tuning, p-tuning or prefix-tuning.",
+)
 @word_options
 @setting_options
+@soft_options
 @click.option(
     "--rank-pattern", multiple=True, metavar="KEY=R", help="Another r for names that match KEY. Repeatable."
 )
@@ -218,7 +186,7 @@ def merge_command(**options: Any) -> None:
 @trust_options
 @report_options
 def bake_command(**options: Any) -> None:
-    """Evaluate the encoder of ADAPTER: p-tuning becomes a prompt table, a projected prefix keys and values."""
+    """Evaluate ADAPTER's encoder: p-tuning becomes a prompt table, a projected prefix keys and values."""
     from peftsurgery.commands.bake import bake
 
     flags = shown(options)

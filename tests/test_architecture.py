@@ -24,7 +24,7 @@ ALLOWED = {
     "disk": {"root", "disk"},
     "graph": {"root", "graph"},
     "commands": {"root", "methods", "live", "disk", "graph", "commands"},
-    "cli": {"commands", "errors", "events", "progress"},
+    "cli": {"commands", "errors", "events", "flags", "progress"},
     "__main__": {"cli"},
 }
 FREE = {"__init__"}

@@ -19,10 +19,10 @@ from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.locate import locate
 from peftsurgery.disk.writer import staged, write_json
 from peftsurgery.events import Event, Listener, ignore
-from peftsurgery.live import pretrained, surgery
-from peftsurgery.method import TokenMethod
+from peftsurgery.live import pretrained, soft, surgery
 from peftsurgery.live.active import canonical_name
 from peftsurgery.live.merge import merge as merge_live
+from peftsurgery.method import TokenMethod
 from peftsurgery.tasks import task as task_named
 
 if TYPE_CHECKING:
@@ -138,7 +138,10 @@ def _traced(live: nn.Module, task: str | None, opset: int) -> tuple[Any, Signatu
     from peftsurgery.graph.signature import signature
 
     said = signature(live, task_named(task).name if task is not None else None)
-    return trace(live, said, names=lambda name: canonical_name(live, name), opset=opset), said
+    tables, tokens = soft.named(live)
+    names = partial(canonical_name, live)
+    held = [names(table) for table in tables]
+    return trace(live, said, names=names, opset=opset, tables=held, tokens=tokens), said
 
 
 def _companions(model: nn.Module | str | Path, live: nn.Module, directory: Path) -> None:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from peftsurgery.adapter import Adapter
 from peftsurgery.commands.adapter_files import save_adapter
 from peftsurgery.commands.report import Report
+from peftsurgery.commands.start_text import start_ids
 from peftsurgery.disk.locate import locate
 from peftsurgery.errors import PlanError, listing
 from peftsurgery.live import anatomy, pretrained, soft, surgery
 from peftsurgery.live import sites as tree
-from peftsurgery.method import Method, TokenMethod
+from peftsurgery.method import Method, TokenMethod, WeightMethod
 from peftsurgery.planning import Plan, by_pattern
 from peftsurgery.planning import plan as make_plan
 from peftsurgery.select import Layers, Query, Word
@@ -140,7 +141,7 @@ def inject(
         return _planned(chosen)
     if isinstance(model, str | Path):
         return _written(model, tree_of, chosen, name or "default", seed, task, out, trust_remote_code)
-    ids = _start_ids(tree_of, method)
+    ids = start_ids(tree_of, method)
     fresh = surgery.fresh(tree_of, chosen, name or "default", seed, _peft_task(tree_of, task), ids=ids)
     return surgery.graft(tree_of, fresh, trainable=trainable)
 
@@ -170,33 +171,14 @@ def _written(
             fresh=chosen.modules_to_save,
             trust_remote_code=trust_remote_code,
         )
-    ids = _start_ids(tree_of, method)
+    ids = start_ids(tree_of, method)
     adapter = surgery.fresh(tree_of, chosen, name, seed, _peft_task(tree_of, word), ids=ids, real=True)
     save_adapter(replace(adapter, base=str(model)), out)
     facts = {"sites": len(chosen.steps), "parameters": adapter.num_parameters, "out": str(out)}
-    hint = f"train it with PEFT or peftsurgery, then `peftsurgery merge {model} {out} -o merged`"
+    folds = isinstance(method, WeightMethod)
+    then = f"merge {model} {out} -o merged" if folds else f"bake {out} -o baked --base {model}"
+    hint = f"train it with PEFT or peftsurgery, then `peftsurgery {then}`"
     return Report("inject", f"Wrote a fresh {chosen.steps[0].method.name} adapter.", facts, hint=hint)
-
-
-def _start_ids(model: nn.Module, method: Method) -> list[int]:
-    """The token ids of the text that virtual tokens start from; by default the base's tokenizer reads it."""
-    if not isinstance(method, TokenMethod) or method.start_text is None:
-        return []
-    from transformers import AutoTokenizer
-
-    named = getattr(method, "tokenizer_name_or_path", None) or getattr(model.config, "name_or_path", None)
-    if not named:
-        raise PlanError(
-            "A start from a text needs a tokenizer, and the model does not say where its own is. "
-            "Name it: `tokenizer_name_or_path='DIRECTORY'`."
-        )
-    try:
-        return list(AutoTokenizer.from_pretrained(named)(method.start_text)["input_ids"])
-    except (OSError, ValueError) as error:
-        raise PlanError(
-            f"There is no tokenizer in {named!r} to read the start text with. "
-            "Name one: `tokenizer_name_or_path='DIRECTORY'`."
-        ) from error
 
 
 def _planned(chosen: Plan) -> Report:

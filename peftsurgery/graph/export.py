@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.errors import ExportError, UnsupportedModel
-from peftsurgery.graph import passes, sites
+from peftsurgery.graph import passes, sites, virtual
 from peftsurgery.graph.inputs import generated
 from peftsurgery.graph.posture import eager, evaluating
 from peftsurgery.graph.signature import RECORDED, Signature, call, cause
@@ -41,7 +41,13 @@ class Flat(nn.Module):
 
 
 def trace(
-    model: nn.Module, signature: Signature, *, names: Callable[[str], str] = str, opset: int = OPSET
+    model: nn.Module,
+    signature: Signature,
+    *,
+    names: Callable[[str], str] = str,
+    opset: int = OPSET,
+    tables: Collection[str] = (),
+    tokens: Mapping[str, Tensor] | None = None,
 ) -> ir.Model:
     """The model as an ONNX graph, dynamic in batch and length; the model is left as it was.
 
@@ -51,6 +57,8 @@ def trace(
 
     Args:
         names: from a parameter's name in `model` to the initializer's.
+        tables: initializers that hold virtual tokens and are evaluated as far as they go.
+        tokens: what to call the evaluated parts → their values (see `virtual.bake`).
         opset: version of the ONNX operators.
 
     Raises:
@@ -62,6 +70,7 @@ def trace(
         graph = _traced(flat, signature, opset)
     parameters = _rename(graph, model, names)
     passes.lean(graph, parameters)
+    virtual.bake(graph, tables, tokens or {})
     _dress(graph, signature)
     _record(graph, signature)
     sites.alias(graph, parameters)

@@ -108,7 +108,7 @@ def _mpnet(root: Any, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs:
     shape, count = (*hidden.shape[:-1], -1, root.attention_head_size), key.shape[1]
     query, *own = (project(hidden).view(shape).transpose(1, 2) for project in (root.q, root.k, root.v))
     keys, values = (
-        torch.cat([new.expand(len(old), -1, -1, -1), old], dim=2)
+        torch.cat([new.expand(old.shape[0], -1, -1, -1), old], dim=2)
         for new, old in zip((key, value), own, strict=True)
     )
     scores = query @ keys.transpose(-1, -2) / root.attention_head_size**0.5 + pad(bias, (count, 0))

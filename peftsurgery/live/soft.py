@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from peftsurgery.live.swap import Hook
 from peftsurgery.live.tokens import TokenGraft
 from peftsurgery.method import TokenMethod
 from peftsurgery.planning import Plan, Step
-from peftsurgery.site import Kind
+from peftsurgery.site import Kind, Site
 
 
 def plan(model: nn.Module, method: TokenMethod) -> Plan:
@@ -37,17 +36,14 @@ def method_of(plan: Plan) -> TokenMethod | None:
     return method if isinstance(method, TokenMethod) else None
 
 
-def settled(model: nn.Module, adapter: Adapter) -> Adapter:
-    """The adapter said in the model's own names: a file of virtual tokens names no module.
+def offered(model: nn.Module, plan: Plan) -> tuple[Site, ...]:
+    """The model's own places for the tokens of a plan; none for a method that cuts weights.
 
     Raises:
         PlanError: the model has no place for them.
     """
-    method = method_of(adapter.plan)
-    assert method is not None
-    steps = plan(model, method).steps
-    params: dict[str, dict[str, Tensor]] = {step.site.name: {} for step in steps}
-    return replace(adapter, plan=replace(adapter.plan, steps=steps), params=params)
+    method = method_of(plan)
+    return () if method is None else token_sites(model, method.kinds)
 
 
 def fresh(
@@ -106,6 +102,32 @@ def taken(carrier: nn.Module, name: str) -> dict[str, Tensor]:
     raise PlanError(f"The word embeddings were replaced while the adapter {name!r} was on them; it is lost.")
 
 
+def named(model: nn.Module) -> tuple[tuple[str, ...], dict[str, Tensor]]:
+    """The parameters that hold virtual tokens, by their names in the model, and the tokens by name.
+
+    A prompt is `prompt`, (n, width); a prefix is `prefix.<layer>.key` and `.value`, (heads, n, head_dim).
+    """
+    tables: list[str] = []
+    tokens: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        if isinstance(module, TokenGraft) and module.active:
+            tables += [f"{name}.{module.label}.{parameter}" for parameter in module.theta.params()]
+            tokens.update(_tokens(model, module))
+    return tuple(tables), tokens
+
+
+def _tokens(model: nn.Module, carrier: TokenGraft) -> dict[str, Tensor]:
+    entry = next(record for record in chart(model).records if record.name == carrier.label)
+    site = entry.plan.sites[0]
+    with torch.no_grad():
+        if site.kind is not Kind.ATTENTION:
+            return {"prompt": carrier.tokens()[: carrier.method.num_virtual_tokens]}
+        entries = carrier.keys_and_values(site.shape[1], site.shape[0])
+    words = ("key", "value")
+    return {f"prefix.{i // 2}.{words[i % 2]}": entry for i, entry in enumerate(entries)}
+
+
 def _theta(base: nn.Module, adapter: Adapter, method: TokenMethod, trainable: bool) -> Theta:
     weight = base.weight
     assert isinstance(weight, Tensor)
@@ -129,4 +151,4 @@ def _check_single(model: nn.Module) -> None:
         )
 
 
-__all__ = ["fresh", "method_of", "operation", "plan", "settled", "taken"]
+__all__ = ["fresh", "method_of", "named", "offered", "operation", "plan", "taken"]

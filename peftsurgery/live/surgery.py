@@ -65,14 +65,11 @@ def inject(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.
         AlreadyGrafted: an adapter of that name is on the model.
         UnclaimedSites, MismatchedTensors, NonFiniteWeight: the adapter does not fit; nothing was changed.
     """
-    if soft.method_of(adapter.plan) is not None:
-        own = check(soft.settled(model, adapter))
-        own = replace(own, shared={name: p.clone() for name, p in own.shared.items()})
-        return graft(model, own, trainable=trainable)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)} if adapter.replaced else ()
-    own, _ = rebased(check(adapter), sites(model), names)
+    own, _ = rebased(check(adapter), [*sites(model), *soft.offered(model, adapter.plan)], names)
     copied = {site: {name: p.clone() for name, p in params.items()} for site, params in own.params.items()}
-    return graft(model, replace(own, params=copied), trainable=trainable)
+    shared = {name: p.clone() for name, p in own.shared.items()}
+    return graft(model, replace(own, params=copied, shared=shared), trainable=trainable)
 
 
 @collector_paused()
@@ -92,10 +89,16 @@ def graft(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.M
     )
     leaves = tuple((module, tuple(values)) for module, values in replaced.items())
     new = Record(adapter.name, adapter.plan, leaves, adapter.task_type, adapter.base, carrier, hooks)
-    swap(model, everywhere(grafts, walked))
-    hook(model, hooks)
-    require_grad(base.values(), False)
-    enter(model, new, tuple(base))
+    old = swap(model, everywhere(grafts, walked))
+    try:
+        hook(model, hooks)
+        require_grad(base.values(), False)
+        enter(model, new, tuple(base))
+    except BaseException:
+        swap(model, old)
+        unhook(model, hooks)
+        require_grad(base.values(), True)
+        raise
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from peftsurgery.errors import PlanError
+from peftsurgery.live.grafts import Graft
 
 CHART = "_peftsurgery"
 
@@ -89,10 +90,15 @@ def _place(model: nn.Module, name: str, parents: dict[str, nn.Module]) -> tuple[
     """The module that holds `name`, and the last part of it; `parents` remembers those found before."""
     above, _, leaf = name.rpartition(".")
     if above not in parents:
-        try:
-            parents[above] = model.get_submodule(above)
-        except AttributeError:
-            parents[above] = nn.Module()
+        parents[above] = _parent(model, above)
     if not name or parents[above]._modules.get(leaf) is None:
         raise PlanError(f"{type(model).__name__} has no module {name!r} to swap. Nothing was changed.")
     return parents[above], leaf
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    try:
+        parent = model.get_submodule(name)
+    except AttributeError:
+        return nn.Module()
+    return parent.root if name and isinstance(parent, Graft) else parent

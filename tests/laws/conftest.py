@@ -18,10 +18,13 @@ SETTINGS: dict[str, list[Method]] = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    own = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
+    marks = metafunc.definition.iter_markers("parametrize")
+    own = {
+        name for mark in marks for name in ([mark.args[0]] if isinstance(mark.args[0], str) else mark.args[0])
+    }
     if "subject" in metafunc.fixturenames and "subject" not in own:
         metafunc.parametrize("subject", SUBJECTS, ids=str)
-    if "method" in metafunc.fixturenames:
+    if "method" in metafunc.fixturenames and "method" not in own:
         weights = [name for name, kind in ps.METHODS.items() if issubclass(kind, WeightMethod)]
         named = [(f"{name}{i}", method) for name in weights for i, method in enumerate(SETTINGS[name])]
         metafunc.parametrize("method", [m for _, m in named], ids=[name for name, _ in named])

@@ -8,9 +8,10 @@ import pytest
 
 import peftsurgery as ps
 from peftsurgery.cli import main
+from peftsurgery.flags import SETTINGS
 
 SHOWING = {"verbose", "quiet", "as_json"}
-SAYING_A_METHOD = {"settings", "r", "lora_alpha", "lora_dropout"}
+SAYING_A_METHOD = {"settings", *SETTINGS}
 PYTHON_ONLY = {"listen", "trainable"}
 """Progress is drawn by the command line itself, and a directory has nothing that requires gradients."""
 

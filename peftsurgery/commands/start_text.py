@@ -1,0 +1,52 @@
+"""The token ids of the text that virtual tokens start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftsurgery.disk.locate import locate
+from peftsurgery.errors import CheckpointError, PlanError
+from peftsurgery.method import Method, TokenMethod
+
+if TYPE_CHECKING:
+    from torch import nn
+
+VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "*.tiktoken")
+"""Files that hold a vocabulary; without one, transformers makes a tokenizer that knows no word."""
+
+
+def start_ids(model: nn.Module, method: Method) -> list[int]:
+    """What the tokenizer, the method's or else the base's own, makes of `start_text`; nothing where there is none.
+
+    Raises:
+        PlanError: there is no tokenizer.
+    """
+    if not isinstance(method, TokenMethod) or method.start_text is None:
+        return []
+    named = getattr(method, "tokenizer_name_or_path", None) or getattr(model.config, "name_or_path", None)
+    if not named:
+        raise PlanError(
+            "A start from a text needs a tokenizer, and the model does not say where its own is. "
+            "Name it: `tokenizer_name_or_path='DIRECTORY'`."
+        )
+    return _ids(str(named), method.start_text)
+
+
+def _ids(named: str, text: str) -> list[int]:
+    from transformers import AutoTokenizer
+
+    try:
+        return list(AutoTokenizer.from_pretrained(_directory(named))(text)["input_ids"])
+    except (CheckpointError, OSError, ValueError) as error:
+        raise PlanError(
+            f"There is no tokenizer in {named!r} to read the start text with. "
+            "Name one: `tokenizer_name_or_path='DIRECTORY'`."
+        ) from error
+
+
+def _directory(named: str) -> Path:
+    path = locate(named)
+    if not any(next(path.glob(pattern), None) for pattern in VOCABULARIES):
+        raise OSError(f"{path} holds no vocabulary")
+    return path

@@ -1,0 +1,92 @@
+"""The flags that several commands share, as decorators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+SETTINGS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "num_virtual_tokens",
+    "prompt_tuning_init_text",
+    "encoder_reparameterization_type",
+    "prefix_projection",
+)
+"""The hyper-parameters that have a flag of their own."""
+
+
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that every command has; they say how to show, never what to do."""
+    for option in (
+        click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error."),
+        click.option("-q", "--quiet", is_flag=True, help="Show errors only."),
+        click.option(
+            "--json",
+            "as_json",
+            is_flag=True,
+            help="Print the report as JSON on stdout; progress goes to stderr.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def trust_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that read what others made."""
+    for option in (
+        click.option(
+            "--trust-remote-code", is_flag=True, help="Run the Python code that the model directory brings."
+        ),
+        click.option("--allow-pickle", is_flag=True, help="Read a .bin adapter (weights only)."),
+    ):
+        command = option(command)
+    return command
+
+
+def word_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that choose sites."""
+    for option in (
+        click.option("--layers-pattern", help="The name of the list of layers, where it is not evident."),
+        click.option("--layers-to-transform", help="Layer numbers, e.g. 0-3,7."),
+        click.option("--exclude-modules", help="What stays out, in the words of --targets."),
+        click.option("--targets", help="Sites: suffixes (query,value), globs, re:<regex>, or all-linear."),
+    ):
+        command = option(command)
+    return command
+
+
+def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say a method's hyper-parameters."""
+    for option in (
+        click.option("--dropout", "lora_dropout", type=float, help="lora_dropout."),
+        click.option("--alpha", "lora_alpha", type=float, help="lora_alpha."),
+        click.option("--r", "--rank", type=int, help="Rank (r)."),
+        click.option(
+            "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter, e.g. r=16."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def soft_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The hyper-parameters of prompts and prefixes that have flags of their own."""
+    for option in (
+        click.option(
+            "--projection", "prefix_projection", is_flag=True, help="prefix-tuning: train a projection."
+        ),
+        click.option(
+            "--encoder",
+            "encoder_reparameterization_type",
+            type=click.Choice(["mlp", "lstm"]),
+            help="p-tuning: the encoder.",
+        ),
+        click.option("--init-text", "prompt_tuning_init_text", help="prompt-tuning: start from this text."),
+        click.option("--num-virtual-tokens", type=int, help="How many tokens a prompt or a prefix has."),
+    ):
+        command = option(command)
+    return command

@@ -1,0 +1,295 @@
+"""The laws of virtual tokens on a live model, for every architecture and method; identity is none of them."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftsurgery as ps
+from peftsurgery.errors import InputTooLong, MismatchedTensors, PlanError, UnclaimedSites
+from peftsurgery.live import surgery
+from peftsurgery.method import TokenMethod
+from tests.laws.test_live_laws import assert_same, snapshot
+from tests.token_subjects import LENGTH, SUBJECTS, TokenSubject
+
+N = 5
+METHODS = {
+    "prompt": ps.PromptTuning(N),
+    "prompt-2": ps.PromptTuning(N, num_transformer_submodules=2),
+    "p-tuning-mlp": ps.PTuning(N, encoder_hidden_size=12),
+    "p-tuning-lstm": ps.PTuning(N, "LSTM", encoder_hidden_size=12),
+    "prefix": ps.PrefixTuning(N),
+    "prefix-projected": ps.PrefixTuning(N, prefix_projection=True, encoder_hidden_size=12),
+}
+HALVES = "prompt-2"
+BY_NAME = {subject.name: subject for subject in SUBJECTS}
+PAIRS = [
+    pytest.param(subject, method, id=f"{subject}-{name}")
+    for subject in SUBJECTS
+    for name, method in METHODS.items()
+    if name != HALVES or subject.family == "seq2seq"
+]
+every = pytest.mark.parametrize(("subject", "method"), PAIRS)
+decoding = pytest.mark.parametrize(
+    ("subject", "method"), [pair for pair in PAIRS if pair.values[0].family != "encoder"]
+)
+FEATURES = "feature-extraction"
+
+
+def grafted(subject: TokenSubject, method: TokenMethod, seed: int = 0, name: str = "default") -> nn.Module:
+    """The subject with a fresh adapter and no head of its own."""
+    model = subject.model()
+    assert ps.inject(model, method, seed=seed, task=FEATURES, name=name) is model
+    return model
+
+
+def generated(subject: TokenSubject, model: nn.Module, **words: Any) -> Tensor:
+    call = {key: value for key, value in subject.inputs().items() if key != "decoder_input_ids"}
+    torch.manual_seed(0)
+    return model.generate(**call, **{"max_new_tokens": 6, "do_sample": False, **words})
+
+
+def hooks_of(model: nn.Module) -> list[int]:
+    return [len(module._forward_pre_hooks) for module in model.modules()]
+
+
+@every
+def test_removal(subject: TokenSubject, method: TokenMethod) -> None:
+    model = subject.model()
+    next(model.parameters()).requires_grad_(False)
+    before, hooks, out = snapshot(model), hooks_of(model), subject.run(model)
+    adapter = ps.remove(grafted(subject, method))
+    ps.inject(model, adapter)
+    changed = subject.run(model)
+    assert changed.shape != out.shape or (changed - out).abs().max() > 1e-3
+    assert sum(hooks_of(model)) in (1, 2)
+    assert ps.remove(model) == adapter
+    assert_same(before, model)
+    assert hooks_of(model) == hooks
+    assert torch.equal(subject.run(model), out)
+
+
+@decoding
+def test_generation_is_given_back(subject: TokenSubject, method: TokenMethod) -> None:
+    model = subject.model()
+    words = {"output_logits": True, "return_dict_in_generate": True}
+    before = generated(subject, model, **words)
+    ps.inject(model, method, seed=0)
+    assert not torch.equal(generated(subject, model, **words).logits[0], before.logits[0])
+    ps.remove(model)
+    after = generated(subject, model, **words)
+    assert torch.equal(after.sequences, before.sequences)
+    assert torch.equal(torch.stack(after.logits), torch.stack(before.logits))
+
+
+@decoding
+def test_generation_is_the_same_without_a_cache(subject: TokenSubject, method: TokenMethod) -> None:
+    model = grafted(subject, method)
+    for words in ({}, {"do_sample": True}, {"num_beams": 2}):
+        cached = generated(subject, model, **words)
+        assert torch.equal(generated(subject, model, use_cache=False, **words), cached)
+
+
+@every
+def test_training_moves_theta_only(subject: TokenSubject, method: TokenMethod) -> None:
+    model = grafted(subject, method).train()
+    theta = set(ps.trainable_parameters(model))
+    assert theta == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert len(theta) == len(ps.remove(copy.deepcopy(model)).shared)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    model(**subject.inputs()).logits.float().pow(2).sum().backward()
+    still = {name for name, p in ps.trainable_parameters(model).items() if p.grad is None or not p.grad.any()}
+    assert not still
+    optimiser.step()
+    moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == theta
+
+
+@every
+def test_copies_and_pickles(subject: TokenSubject, method: TokenMethod) -> None:
+    model = grafted(subject, method)
+    before, plain = subject.run(model), subject.run(subject.model())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(subject.run(twin), before)
+        with torch.no_grad():
+            for parameter in ps.trainable_parameters(twin).values():
+                parameter.mul_(-1)
+        assert not torch.equal(subject.run(twin), before)
+        ps.remove(twin)
+        assert torch.equal(subject.run(twin), plain)
+        assert torch.equal(subject.run(model), before)
+    other = grafted(subject, method, seed=5)
+    assert not torch.equal(subject.run(other), before)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(subject.run(other), before)
+
+
+@every
+def test_baking_changes_no_output(subject: TokenSubject, method: TokenMethod) -> None:
+    model = grafted(subject, method)
+    before = subject.run(model)
+    ps.inject(model, ps.bake(ps.remove(model)))
+    assert set(ps.trainable_parameters(model)) and len(ps.trainable_parameters(model)) == 1
+    assert (subject.run(model) - before).abs().max() <= 1e-6
+
+
+@every
+def test_activation(subject: TokenSubject, method: TokenMethod) -> None:
+    model, plain = grafted(subject, method, name="soft"), subject.run(subject.model())
+    alone = subject.run(model)
+    ps.activate(model)
+    assert torch.equal(subject.run(model), plain)
+    ps.activate(model, "soft")
+    assert torch.equal(subject.run(model), alone)
+
+
+@every
+def test_beside_a_lora(subject: TokenSubject, method: TokenMethod) -> None:
+    model = grafted(subject, method, name="soft")
+    soft = subject.run(model)
+    ps.inject(model, ps.LoRA(r=2, init_lora_weights="gaussian"), "all-linear", name="lora", task=FEATURES)
+    with torch.no_grad():
+        for parameter in ps.trainable_parameters(model).values():
+            parameter.add_(0.05)
+    both = subject.run(model)
+    tokens = ps.remove(model, "soft")
+    lora = subject.run(model)
+    assert not torch.equal(both, lora)
+    ps.inject(model, tokens)
+    assert torch.equal(subject.run(model), both)
+    ps.remove(model, "lora")
+    ps.inject(subject.model(), tokens)
+    assert not torch.equal(subject.run(model), soft)
+
+
+@every
+def test_failure_leaves_the_model(
+    subject: TokenSubject, method: TokenMethod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapter = subject.model(), ps.remove(grafted(subject, method))
+    before, hooks = snapshot(model), hooks_of(model)
+
+    def failing(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for step in ("swap", "hook", "require_grad"):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(surgery, step, failing)
+            ps.inject(model, adapter)
+        assert_same(dict(before), model)
+        assert hooks_of(model) == hooks
+
+
+@every
+def test_an_adapter_of_another_base_is_refused(subject: TokenSubject, method: TokenMethod) -> None:
+    model = subject.model()
+    before, adapter = snapshot(model), ps.remove(grafted(subject, method))
+    name, tensor = next(iter(adapter.shared.items()))
+    wrong = ps.Adapter(adapter.plan, adapter.params, shared={**adapter.shared, name: tensor[:, :-1].clone()})
+    with pytest.raises((MismatchedTensors, UnclaimedSites)):
+        ps.inject(model, wrong)
+    with pytest.raises(PlanError, match="leave out targets"):
+        ps.inject(model, method, "query")
+    assert_same(before, model)
+
+
+LEARNED = [
+    BY_NAME[name] for name in ("bert", "roberta", "mpnet", "albert", "distilbert", "gpt2", "opt", "bart")
+]
+
+
+@pytest.mark.parametrize("method", [METHODS["prompt"], METHODS["prefix"]], ids=lambda method: method.name)
+@pytest.mark.parametrize("subject", LEARNED, ids=str)
+def test_the_longest_input(subject: TokenSubject, method: TokenMethod) -> None:
+    model = grafted(subject, method)
+    at = (
+        "decoder_input_ids" if subject.family == "seq2seq" and method.name == "prefix-tuning" else "input_ids"
+    )
+    rows = {key: value for key, value in subject.inputs(padded=False).items() if key != "attention_mask"}
+
+    def run(length: int) -> Tensor:
+        with torch.no_grad():
+            return model(**{**rows, at: torch.full((2, length), 5)}).logits
+
+    with pytest.raises(InputTooLong) as error:
+        run(100)
+    limit = error.value.limit
+    assert limit in (40 - N, 38 - N)
+    assert run(limit).isfinite().all()
+    with pytest.raises(InputTooLong):
+        run(limit + 1)
+
+
+def test_prompts_stack_and_prefixes_do_not() -> None:
+    subject = BY_NAME["llama-gqa"]
+    model = grafted(subject, METHODS["prompt"], name="a")
+    one = subject.run(model)
+    ps.inject(model, METHODS["p-tuning-mlp"], name="b", seed=1)
+    assert subject.run(model).shape[1] == LENGTH + 2 * N
+    ps.activate(model, "a")
+    assert torch.equal(subject.run(model), one)
+    ps.inject(model, METHODS["prefix"], name="c")
+    with pytest.raises(PlanError, match="one at a time"):
+        ps.inject(model, METHODS["prefix"], name="d")
+    ps.remove(model, "c")
+    ps.remove(model, "b")
+    assert torch.equal(subject.run(model), one)
+
+
+def test_labels_per_token_pass_over_the_prompt() -> None:
+    subject = BY_NAME["gpt2"]
+    model, call = grafted(subject, METHODS["prompt"]), subject.inputs()
+    labels = call["input_ids"].masked_fill(call["attention_mask"] == 0, -100)
+    result = model(**call, labels=labels)
+    predicting = result.logits[:, N - 1 : -1].flatten(0, 1)  # the last virtual token predicts the first word
+    expected = torch.nn.functional.cross_entropy(predicting, labels.flatten())
+    assert torch.allclose(result.loss, expected)
+
+
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.family == "encoder"], ids=str)
+def test_a_prefix_is_the_same_with_eager_attention(subject: TokenSubject) -> None:
+    model = grafted(subject, METHODS["prefix"])
+    before = subject.run(model)
+    model.set_attn_implementation("eager")
+    assert (subject.run(model) - before).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.family == "encoder"], ids=str)
+def test_padding_is_not_seen(subject: TokenSubject) -> None:
+    """What stands at a padded position matters to nobody: the prefix moved no mask."""
+    for name in ("prompt", "prefix"):
+        model, call = grafted(subject, METHODS[name]), subject.inputs()
+        with torch.no_grad():
+            one = model(**call).logits
+            short = model(**{key: value[1:, :-2] for key, value in call.items()}).logits
+        assert (one[1:] - short).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.family == "encoder"], ids=str)
+def test_a_prefix_survives_gradient_checkpointing(subject: TokenSubject) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = grafted(subject, METHODS["prefix-projected"])
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.train()
+        if checkpointing and model.supports_gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model(**subject.inputs()).logits.pow(2).sum().backward()
+        gradients.append([p.grad for p in ps.trainable_parameters(model).values()])
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_cached_prefix_says_that_checkpointing_loses_it() -> None:
+    subject = BY_NAME["llama-gqa"]
+    model = grafted(subject, METHODS["prefix"]).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(PlanError, match="checkpointing"):
+        model(**subject.inputs())
