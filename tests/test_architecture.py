@@ -226,7 +226,8 @@ def texts() -> Iterator[Path]:
     kinds = {".py", ".md", ".toml", ".txt", ".json", ".yml", ".sh", ""}
     for folder, folders, names in os.walk(ROOT):
         folders[:] = [name for name in folders if name not in generated and not name.endswith("_cache")]
-        yield from (Path(folder, name) for name in names if Path(name).suffix in kinds and name != ".git")
+        kept = (name for name in names if name not in generated)  # in a worktree .git is a file
+        yield from (Path(folder, name) for name in kept if Path(name).suffix in kinds)
 
 
 def test_no_text_names_a_path_of_a_build_machine() -> None:

@@ -17,7 +17,7 @@ VOCABULARIES = ("tokenizer.json", "vocab.*", "*.model", "*.spm", "*.tiktoken")
 
 
 def start_ids(model: nn.Module, method: Method) -> list[int]:
-    """What the tokenizer, the method's or else the base's own, makes of `start_text`; nothing where there is none.
+    """What the tokenizer, the method's or the base's own, makes of `start_text`; nothing where there is none.
 
     Raises:
         PlanError: there is no tokenizer.

@@ -37,6 +37,9 @@ POSITIONS = ("position_embeddings", "wpe", "embed_positions")
 PER_TOKEN = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "ForPreTraining", "LMHeadModel")
 """How the names of classes end whose labels are one per token."""
 
+POOLED = "ForSequenceClassification"
+"""How the names of decoders end that classify by the last word which is no padding."""
+
 
 def output_embeddings(model: nn.Module) -> tuple[str, ...]:
     """The names of the module that turns hidden states into logits; `all-linear` passes over it."""
@@ -99,6 +102,7 @@ class Body:
         memory: the name of the encoder of an encoder-decoder, which a prompt goes to.
         padding: for encoders that number only what is no padding: the padding token's id.
         per_token: whether the labels are one per token.
+        pooled: whether it is a decoder that looks for the last word among the input ids.
     """
 
     family: Family
@@ -107,6 +111,7 @@ class Body:
     memory: str = ""
     padding: int | None = None
     per_token: bool = False
+    pooled: bool = False
 
 
 def body(model: nn.Module) -> Body:
@@ -132,7 +137,8 @@ def body(model: nn.Module) -> Body:
         padding = config.pad_token_id if config.model_type in SKIPS_PADDING else None
         trunk = prefix if prefix in model._modules else ""
         return Body(Family.ENCODER, embedding, trunk, padding=padding, per_token=per_token)
-    return Body(Family.DECODER, embedding, _half(model, "get_decoder"), per_token=per_token)
+    pooled = type(model).__name__.endswith(POOLED)
+    return Body(Family.DECODER, embedding, _half(model, "get_decoder"), per_token=per_token, pooled=pooled)
 
 
 def embedding_below(model: nn.Module, stack: str) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.live.anatomy import Body, Family, embedding_below, position_limit
-from peftsurgery.live.swap import Hook
+from peftsurgery.live.swap import After, Hook
 from peftsurgery.live.tokens import (
     Call,
     TokenGraft,
@@ -93,6 +93,32 @@ class Remembered:
         return (), {**call, "encoder_attention_mask": widened(mask, self.count, 1)}
 
 
+@dataclass(frozen=True, slots=True)
+class Stripped(After):
+    """Takes the prompt off what the layers of a classifying decoder give.
+
+    Its head finds the last word of every row by the input ids, which know of no prompt. (PEFT hides the ids
+    from it, and then takes the last position, padded or not.)
+
+    Args:
+        label: the adapter.
+        embedding: the name of the word embeddings below the hooked module.
+    """
+
+    label: str
+    embedding: str
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Any) -> Any:
+        graft = token_graft(module, self.embedding, self.label)
+        if not graft.active or "inputs_embeds" not in kwargs:
+            return None
+        words = output[0][:, graft.method.num_virtual_tokens :]
+        if isinstance(output, tuple):
+            return (words, *output[1:])
+        output["last_hidden_state"] = words
+        return output
+
+
 def hooks(model: nn.Module, place: Body, label: str, count: int) -> tuple[tuple[str, Hook], ...]:
     """The hooks of a prompt of `count` tokens, by the module that each goes to."""
     limit = position_limit(model.get_submodule(place.memory))
@@ -100,4 +126,10 @@ def hooks(model: nn.Module, place: Body, label: str, count: int) -> tuple[tuple[
         prompted = Prompted(label, embedding_below(model, place.memory), limit)
         return ((place.memory, prompted), (place.trunk, Remembered(label, count)))
     causal = place.family is Family.DECODER
+    if place.pooled and place.trunk:
+        below = embedding_below(model, place.trunk)
+        return (
+            (place.trunk, Prompted(label, below, limit, causal)),
+            (place.trunk, Stripped(label, below)),
+        )
     return (("", Prompted(label, place.embedding, limit, causal, place.per_token)),)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -13,13 +14,26 @@ from peftsurgery.live.grafts import Graft
 CHART = "_peftsurgery"
 
 
-class Hook(Protocol):
-    """What rewrites the arguments of a module's call; it compares by value, so a copy can be taken off."""
+class Before(Protocol):
+    """A hook that rewrites the arguments of a module's call; None leaves them alone."""
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """The new arguments; None leaves them alone."""
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None: ...
+
+
+class After(ABC):
+    """A hook that rewrites what a module gives; None leaves it alone."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any: ...
+
+
+Hook = Before | After
 
 
 def swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -44,20 +58,29 @@ def swap(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, nn.Mod
 def hook(model: nn.Module, hooks: Iterable[tuple[str, Hook]]) -> None:
     """Let each hook rewrite the calls of the module of its name (`""` is the model itself).
 
+    Hooks compare by value, so that those of a copy of the model can be taken off by the original's.
+
     Raises:
         AttributeError: a name that the model does not have; nothing has been changed.
     """
     for module, own in [(model.get_submodule(name), own) for name, own in hooks]:
-        module.register_forward_pre_hook(own, with_kwargs=True)
+        if isinstance(own, After):
+            module.register_forward_hook(own, with_kwargs=True)
+        else:
+            module.register_forward_pre_hook(own, with_kwargs=True)
 
 
 def unhook(model: nn.Module, hooks: Iterable[tuple[str, Hook]]) -> None:
     """Take the hooks off again."""
     for name, own in hooks:
         module = model.get_submodule(name)
-        for key in [key for key, found in module._forward_pre_hooks.items() if found == own]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for table, marks in (
+            (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+            (module._forward_hooks, module._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, found in table.items() if found == own]:
+                del table[key]
+                marks.pop(key, None)
 
 
 def require_grad(parameters: Iterable[nn.Parameter], flag: bool) -> None:

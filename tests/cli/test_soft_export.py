@@ -72,7 +72,7 @@ def test_encoders_are_baked_away(bert: Path, method: ps.PromptTuning, tmp_path: 
 def test_a_prompt_and_a_lora_together(bert: Path, tmp_path: Path) -> None:
     torch.manual_seed(1)
     live = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
-    ps.inject(live, ps.LoRA(r=2), "query", name="lora", seed=0, task="feature-extraction")
+    ps.inject(live, ps.LoRA(r=2), "query", name="lora", seed=0)
     with torch.no_grad():
         for parameter in ps.trainable_parameters(live).values():
             parameter.add_(0.1)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 import peftsurgery as ps
@@ -15,7 +17,7 @@ from peftsurgery.errors import InputTooLong, MismatchedTensors, PlanError, Uncla
 from peftsurgery.live import surgery
 from peftsurgery.method import TokenMethod
 from tests.laws.test_live_laws import assert_same, snapshot
-from tests.token_subjects import LENGTH, SUBJECTS, TokenSubject
+from tests.token_subjects import BERTS, GPT2, LENGTH, LLAMAS, OPT, PAD, SUBJECTS, TokenSubject
 
 N = 5
 METHODS = {
@@ -293,3 +295,109 @@ def test_a_cached_prefix_says_that_checkpointing_loses_it() -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     with pytest.raises(PlanError, match="checkpointing"):
         model(**subject.inputs())
+
+
+ENDS = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": PAD, "num_labels": 3}
+HEADS = {
+    "llama": lambda: tf.LlamaForSequenceClassification(tf.LlamaConfig(**{**LLAMAS, **ENDS})),
+    "gpt2": lambda: tf.GPT2ForSequenceClassification(tf.GPT2Config(**{**GPT2, **ENDS})),
+    "opt": lambda: tf.OPTForSequenceClassification(tf.OPTConfig(**{**OPT, **ENDS})),
+    "modernbert": lambda: tf.ModernBertForSequenceClassification(
+        tf.ModernBertConfig(
+            **{**BERTS, **ENDS, "cls_token_id": 3, "sep_token_id": 4}, classifier_pooling="mean"
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [METHODS["prompt"], METHODS["prefix"]], ids=lambda method: method.name)
+@pytest.mark.parametrize("head", HEADS)
+@torch.no_grad()
+def test_a_head_sees_no_padding(head: str, method: TokenMethod) -> None:
+    """The heads that look for words or average over them find the same ones, however far a row is padded."""
+    model, call = HEADS[head]().eval(), BY_NAME["bert"].inputs()
+    plain = model(**call).logits
+    ps.inject(model, method, seed=0, task=FEATURES)
+    padded = model(**call).logits
+    short = model(**{key: value[1:, :-2] for key, value in call.items()}).logits
+    assert (padded[1:] - short).abs().max() <= 1e-5
+    assert not torch.equal(padded, plain)
+    ps.remove(model)
+    assert torch.equal(model(**call).logits, plain)
+
+
+@pytest.mark.parametrize("method", [METHODS["prompt"], METHODS["prefix"]], ids=lambda method: method.name)
+def test_multiple_choice(method: TokenMethod) -> None:
+    model = tf.BertForMultipleChoice(tf.BertConfig(**BERTS)).eval()
+    call = {key: value[None] for key, value in BY_NAME["bert"].inputs().items()}
+    ps.inject(model, method, seed=0, task=FEATURES)
+    turned = {key: value.flip(1) for key, value in call.items()}
+    with torch.no_grad():
+        assert torch.allclose(model(**call).logits.flip(1), model(**turned).logits, atol=1e-6)
+
+
+@every
+def test_half_precision(subject: TokenSubject, method: TokenMethod) -> None:
+    model = subject.model().to(torch.bfloat16)
+    ps.inject(model, method, seed=0, task=FEATURES)
+    result = model(**subject.inputs()).logits
+    assert result.dtype is torch.bfloat16
+    result.float().sum().backward()
+    assert all(
+        p.dtype is torch.float32 and p.grad is not None for p in ps.trainable_parameters(model).values()
+    )
+
+
+@pytest.mark.parametrize(
+    "method", [METHODS["p-tuning-mlp"], METHODS["prefix-projected"]], ids=lambda m: m.name
+)
+@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+def test_torch_export(subject: TokenSubject, method: TokenMethod) -> None:
+    """A traced model takes batches and lengths of any size, and pays no attention to how many it saw."""
+
+    class Traced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = grafted(subject, method)
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            call = dict(zip(subject.inputs(), inputs, strict=True))
+            return self.model(**call, **({} if subject.family == "encoder" else {"use_cache": False})).logits
+
+    traced, call, free = Traced().eval(), subject.inputs(), torch.export.Dim.DYNAMIC
+    shapes = ({0: free, 1: free},) * len(call)
+    program = torch.export.export(traced, tuple(call.values()), dynamic_shapes=(shapes,), strict=False)
+    wider = [torch.cat([value, value[:1]]).repeat(1, 2) for value in call.values()]
+    with torch.no_grad():
+        assert (program.module()(*wider) - traced(*wider)).abs().max() <= 1e-5
+
+
+def test_a_start_from_a_text_is_the_words_of_the_text(tmp_path: Path) -> None:
+    model = BY_NAME["bert"].model()
+    text = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "one two"}
+    before = snapshot(model)
+    with pytest.raises(PlanError, match="tokenizer"):
+        ps.inject(model, ps.PromptTuning(N, **text))
+    with pytest.raises(PlanError, match="tokenizer"):
+        ps.inject(model, ps.PromptTuning(N, **text, tokenizer_name_or_path=str(tmp_path)))
+    assert_same(before, model)
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\none\ntwo\n")
+    tf.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    ps.inject(model, ps.PromptTuning(N, **text, tokenizer_name_or_path=str(tmp_path)), task=FEATURES)
+    table = ps.remove(model).shared["prompt_embeddings"]
+    ids = tf.BertTokenizer.from_pretrained(tmp_path)("one two")["input_ids"]
+    words = model.get_input_embeddings().weight[(ids * N)[:N]]
+    assert torch.equal(table, words)
+
+
+def test_a_model_without_a_place_for_tokens_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    for method in METHODS.values():
+        with pytest.raises(PlanError, match="word embeddings"):
+            ps.inject(model, method)
+
+
+def test_a_plan_says_where_the_tokens_enter() -> None:
+    model = BY_NAME["llama-gqa"].model()
+    assert "model.embed_tokens" in str(ps.plan(model, METHODS["prompt"]))
+    assert [site.shape for site in ps.plan(model, METHODS["prefix"]).sites] == [(2, 8)] * 2
