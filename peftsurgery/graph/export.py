@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,8 +70,7 @@ def trace(
     with evaluating(flat), eager(model), _quiet():
         graph = _traced(flat, signature, opset)
     parameters = _rename(graph, model, names)
-    passes.lean(graph, parameters)
-    virtual.bake(graph, tables, tokens or {})
+    passes.lean(graph, parameters, bake=partial(virtual.bake, tables=tables, tokens=tokens or {}))
     _dress(graph, signature)
     _record(graph, signature)
     sites.alias(graph, parameters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -16,11 +16,14 @@ TURNED = "transposed"
 """The note on an initializer that is stored as the transpose of the model's parameter."""
 
 
-def lean(model: ir.Model, parameters: Collection[str]) -> None:
+def lean(
+    model: ir.Model, parameters: Collection[str], bake: Callable[[ir.Model], None] | None = None
+) -> None:
     """Fold shape arithmetic, drop what is said twice or unused, and store matrices as MatMul reads them.
 
     Args:
         parameters: names of initializers that must survive under their names wherever they are used.
+        bake: what evaluates virtual tokens, once shapes are folded and before anything is forgotten.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -40,6 +43,8 @@ def lean(model: ir.Model, parameters: Collection[str]) -> None:
         output_size_limit=FOLDED,
         should_fold=foldable,
     )
+    if bake is not None:
+        bake(model)
     ir.passes.Sequential(
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),

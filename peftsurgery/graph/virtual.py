@@ -24,6 +24,8 @@ def bake(model: ir.Model, tables: Collection[str], tokens: Mapping[str, Tensor])
         tables: initializers that hold virtual tokens.
         tokens: the name of each evaluated part → its value, in the layout (heads, n, head_dim) or (n, width).
     """
+    if not tables:
+        return
     before = set(model.graph.initializers)
     _fold(model, tables)
     for name in [name for name in model.graph.initializers if name not in before]:
