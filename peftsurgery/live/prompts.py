@@ -14,6 +14,8 @@ from peftsurgery.live.tokens import (
     Call,
     TokenGraft,
     arguments,
+    check_cache,
+    check_continuation,
     check_length,
     embedding_at,
     is_continued,
@@ -51,6 +53,9 @@ class Prompted:
         if not graft.active:
             return None
         call, count = arguments(module, args, kwargs), graft.method.num_virtual_tokens
+        check_cache(call)
+        if is_continued(call):
+            check_continuation(call, count)
         call.pop("position_ids", None)
         if "attention_mask" in call:
             call["attention_mask"] = widened(call["attention_mask"], count, 1)

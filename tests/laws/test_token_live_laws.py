@@ -97,6 +97,29 @@ def test_generation_is_the_same_without_a_cache(subject: TokenSubject, method: T
         assert torch.equal(generated(subject, model, use_cache=False, **words), cached)
 
 
+@pytest.mark.parametrize("method", [METHODS["prompt"], METHODS["prefix"]], ids=lambda method: method.name)
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.family == "decoder"], ids=str)
+def test_a_conversation_goes_on_from_its_cache(subject: TokenSubject, method: TokenMethod) -> None:
+    model = grafted(subject, method)
+    words = subject.inputs()["input_ids"][:1]
+    first = model.generate(words, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    whole = torch.cat([first.sequences, torch.tensor([[9, 8, 9, 8, 7, 6, 5]])], dim=1)
+    told = {"attention_mask": torch.ones_like(whole), "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(whole, **told)[:, -4:]
+    cache = copy.deepcopy(first.past_key_values)
+    with pytest.raises(PlanError, match="not in the cache"):
+        model.generate(whole, past_key_values=cache, **told)
+    new = whole[:, first.sequences.shape[1] - 1 :]  # the last generated word was never read
+    going_on = model.generate(new, past_key_values=first.past_key_values, **told)
+    assert torch.equal(going_on[:, -4:], expected)
+    assert torch.equal(model.generate(whole, prompt_lookup_num_tokens=3, **told)[:, -4:], expected)
+    assert torch.equal(model.generate(whole, prefill_chunk_size=4, **told)[:, -4:], expected)
+    with pytest.raises(PlanError, match="a cache that grows"):
+        model.generate(whole, cache_implementation="static", **told)
+    with pytest.raises(PlanError, match="4-dimensional"):
+        model(whole, attention_mask=torch.ones(1, 1, whole.shape[1], whole.shape[1], dtype=torch.bool))
+
+
 @every
 def test_training_moves_theta_only(subject: TokenSubject, method: TokenMethod) -> None:
     model = grafted(subject, method).train()
