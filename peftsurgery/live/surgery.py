@@ -177,7 +177,8 @@ def _check_name(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Mod
             f"(`name={name + '_2'!r}`) or remove the other first; nothing was changed.",
             name=name,
         )
-    taken = any(hasattr(modules[site.name], name) for site in adapter.plan.sites)
+    places = {soft.carrier_of(model, adapter.plan), *(site.name for site in adapter.plan.sites)}
+    taken = any(hasattr(modules[place], name) for place in places if place is not None)
     if taken or name == "base" or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise PlanError(
             f"{name!r} cannot name an adapter: letters, digits, `_` and `-` can, except the names that a module has "
