@@ -142,8 +142,9 @@ class _Front(nn.Module):
         self.__dict__["prefix"] = prefix
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self.prefix.transpose(0, 1).flatten(1).to(x.device)
-        return torch.cat([rows.expand(x.shape[0], -1, -1), self.projection(x)], dim=1)
+        own = self.projection(x)
+        rows = self.prefix.transpose(0, 1).flatten(1).to(own.device, own.dtype)
+        return torch.cat([rows.expand(own.shape[0], -1, -1), own], dim=1)
 
 
 def _projecting(root: nn.Module, prefixes: dict[str, Tensor]) -> nn.Module:
@@ -156,7 +157,7 @@ def _projecting(root: nn.Module, prefixes: dict[str, Tensor]) -> nn.Module:
 def _in_front(prefix: Iterable[Tensor], own: Iterable[Tensor]) -> list[Tensor]:
     """Keys and values, (batch, heads, length, head_dim), with those of the prefix in front of every row's."""
     return [
-        torch.cat([new.to(old.device).expand(old.shape[0], -1, -1, -1), old], dim=2)
+        torch.cat([new.to(old.device, old.dtype).expand(old.shape[0], -1, -1, -1), old], dim=2)
         for new, old in zip(prefix, own, strict=True)
     ]
 

@@ -77,7 +77,9 @@ class Cached:
         past, config = call.get("past_key_values"), cast(Any, module.config)
         if past is None or SPENT in past.__dict__:
             past = self._empty(config)
-            past.__dict__.update({} if call.get("use_cache", config.use_cache) else {SPENT: True})
+            past.__dict__.update(
+                {} if call.get("use_cache", getattr(config, "use_cache", True)) else {SPENT: True}
+            )
         own = past.self_attention_cache if self.crossed else past
         entries = graft.keys_and_values(self.head_dim, self.heads).unsqueeze(1)
         entries = entries.expand(-1, leading(call)[0], -1, -1, -1)
