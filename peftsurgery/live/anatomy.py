@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -185,7 +186,9 @@ def position_limit(stack: nn.Module) -> int | None:
 
 def _attentions(model: nn.Module, place: Body) -> list[str]:
     config: Any = model.config
-    ends = (ENCODERS[config.model_type],) if place.family is Family.ENCODER else CAUSAL
+    known = place.family is Family.ENCODER
+    caches = known or "past_key_values" in signature(model.get_submodule(place.trunk).forward).parameters
+    ends = () if not caches else (ENCODERS[config.model_type],) if known else CAUSAL
     inside = f"{place.trunk}." if place.trunk else ""
     names = [name for name, _ in walk(model) if name.startswith(inside)]
     for end in ends:

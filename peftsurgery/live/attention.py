@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -92,11 +92,7 @@ def _prefixed(
             f"A prefix in an encoder works with eager and sdpa attention, and the model uses {wanted!r}. "
             "Call `model.set_attn_implementation('sdpa')`."
         )
-    rows = (query.shape[0], -1, -1, -1)
-    key, value = (
-        torch.cat([new.expand(rows), old], dim=2)
-        for new, old in zip(module.prefix, (key, value), strict=True)
-    )
+    key, value = _in_front(module.prefix, (key, value))
     code = sys.modules[type(module).__module__].__dict__
     attend = code["ALL_ATTENTION_FUNCTIONS"].get_interface(wanted, code["eager_attention_forward"])
     return attend(module, query, key, value, _seen(attention_mask, module.prefix[0].shape[1]), **kwargs)
@@ -107,10 +103,7 @@ def _mpnet(root: Any, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs:
     hidden, mask, bias = args
     shape, count = (*hidden.shape[:-1], -1, root.attention_head_size), key.shape[1]
     query, *own = (project(hidden).view(shape).transpose(1, 2) for project in (root.q, root.k, root.v))
-    keys, values = (
-        torch.cat([new.expand(old.shape[0], -1, -1, -1), old], dim=2)
-        for new, old in zip((key, value), own, strict=True)
-    )
+    keys, values = _in_front((key, value), own)
     scores = query @ keys.transpose(-1, -2) / root.attention_head_size**0.5 + pad(bias, (count, 0))
     seen = _seen(mask, count)
     weights = root.dropout((scores if seen is None else scores + seen).softmax(-1))
@@ -141,14 +134,17 @@ SURGERIES: dict[str, Callable[..., Any]] = {
 class _Front(nn.Module):
     """A projection that gives the prefix first."""
 
+    prefix: Tensor
+
     def __init__(self, projection: nn.Module, prefix: Tensor) -> None:
         super().__init__()
-        self._modules["projection"] = projection
+        self.projection = projection
         self.__dict__["prefix"] = prefix
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self.__dict__["prefix"].transpose(0, 1).flatten(1)
-        return torch.cat([rows.expand(x.shape[0], -1, -1), self._modules["projection"](x)], dim=1)  # type: ignore[misc]
+        own = self.projection(x)
+        rows = self.prefix.transpose(0, 1).flatten(1).to(own.device, own.dtype)
+        return torch.cat([rows.expand(own.shape[0], -1, -1), own], dim=1)
 
 
 def _projecting(root: nn.Module, prefixes: dict[str, Tensor]) -> nn.Module:
@@ -156,6 +152,14 @@ def _projecting(root: nn.Module, prefixes: dict[str, Tensor]) -> nn.Module:
     fronts = {name: _Front(root.get_submodule(name), prefix) for name, prefix in prefixes.items()}
     twin.__dict__["_modules"] = {**root._modules, **fronts}
     return twin
+
+
+def _in_front(prefix: Iterable[Tensor], own: Iterable[Tensor]) -> list[Tensor]:
+    """Keys and values, (batch, heads, length, head_dim), with those of the prefix in front of every row's."""
+    return [
+        torch.cat([new.to(old.device, old.dtype).expand(old.shape[0], -1, -1, -1), old], dim=2)
+        for new, old in zip(prefix, own, strict=True)
+    ]
 
 
 def _seen(mask: Tensor | None, count: int) -> Tensor | None:

@@ -21,6 +21,8 @@ from peftsurgery.live.tokens import (
     Call,
     TokenGraft,
     arguments,
+    check_cache,
+    check_continuation,
     check_length,
     is_continued,
     leading,
@@ -58,11 +60,15 @@ class Cached:
             return None
         _check_checkpointing(module)
         call, count = arguments(module, args, kwargs), graft.method.num_virtual_tokens
+        check_cache(call)
+        continued = is_continued(call) and SPENT not in call["past_key_values"].__dict__
+        if continued:
+            check_continuation(call, count)
         if "attention_mask" in call:
             call["attention_mask"] = widened(call["attention_mask"], count, 1)
         if "position_ids" in call:
             call["position_ids"] = call["position_ids"] + count
-        if not is_continued(call) or SPENT in call["past_key_values"].__dict__:
+        if not continued:
             check_length(leading(call)[-1], count, self.limit)
             call["past_key_values"] = self._filled(call, graft, module)
         return (), call
@@ -71,7 +77,9 @@ class Cached:
         past, config = call.get("past_key_values"), cast(Any, module.config)
         if past is None or SPENT in past.__dict__:
             past = self._empty(config)
-            past.__dict__.update({} if call.get("use_cache", config.use_cache) else {SPENT: True})
+            past.__dict__.update(
+                {} if call.get("use_cache", getattr(config, "use_cache", True)) else {SPENT: True}
+            )
         own = past.self_attention_cache if self.crossed else past
         entries = graft.keys_and_values(self.head_dim, self.heads).unsqueeze(1)
         entries = entries.expand(-1, leading(call)[0], -1, -1, -1)

@@ -14,6 +14,8 @@ from peftsurgery.live.tokens import (
     Call,
     TokenGraft,
     arguments,
+    check_cache,
+    check_continuation,
     check_length,
     embedding_at,
     is_continued,
@@ -30,13 +32,13 @@ class Prompted:
     """Puts the prompt in front of the input of a module; on a cached step the prompt is in the cache already.
 
     As in PEFT, positions that the caller gave are dropped, for the prompt shifts them; token types of the
-    prompt are 0, and a decoder gets none; the outputs are n tokens longer than the input.
+    prompt are 0, and a language model gets none; the outputs are n tokens longer than the input.
 
     Args:
         label: the adapter.
         embedding: the name of the word embeddings below the hooked module.
         limit: how many positions the module has.
-        causal: whether it is a decoder.
+        causal: whether it is a language model; PEFT gives those no token types.
         per_token: whether its labels are one per token.
     """
 
@@ -51,6 +53,9 @@ class Prompted:
         if not graft.active:
             return None
         call, count = arguments(module, args, kwargs), graft.method.num_virtual_tokens
+        check_cache(call)
+        if is_continued(call):
+            check_continuation(call, count)
         call.pop("position_ids", None)
         if "attention_mask" in call:
             call["attention_mask"] = widened(call["attention_mask"], count, 1)
@@ -125,7 +130,7 @@ def hooks(model: nn.Module, place: Body, label: str, count: int) -> tuple[tuple[
     if place.family is Family.ENCODER_DECODER:
         prompted = Prompted(label, embedding_below(model, place.memory), limit)
         return ((place.memory, prompted), (place.trunk, Remembered(label, count)))
-    causal = place.family is Family.DECODER
+    causal = place.family is Family.DECODER and bool(model.can_generate())  # type: ignore[operator]
     if place.pooled and place.trunk:
         below = embedding_below(model, place.trunk)
         return (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftsurgery.adapter import Adapter
 from peftsurgery.errors import PlanError
 from peftsurgery.live import prefixes, prompts
-from peftsurgery.live.anatomy import Family, body, embedding_below, token_sites
+from peftsurgery.live.anatomy import Family, body, embedding_below, position_limit, token_sites
 from peftsurgery.live.attention import PrefixGraft
 from peftsurgery.live.chart import chart
 from peftsurgery.live.grafts import Graft, Theta
@@ -25,8 +25,9 @@ def plan(model: nn.Module, method: TokenMethod) -> Plan:
     """Where `method` goes: the model's one place for such tokens, so there is nothing to choose.
 
     Raises:
-        PlanError: the model has no place for them.
+        PlanError: the model has no place for them, or not for so many.
     """
+    _check_room(model, method)
     return Plan(tuple(Step(site, method) for site in token_sites(model, method.kinds)))
 
 
@@ -44,6 +45,18 @@ def offered(model: nn.Module, plan: Plan) -> tuple[Site, ...]:
     """
     method = method_of(plan)
     return () if method is None else token_sites(model, method.kinds)
+
+
+def carrier_of(model: nn.Module, plan: Plan) -> str | None:
+    """The name of the module that wears the plan's parameters: the word embeddings of where it works."""
+    method = method_of(plan)
+    if method is None:
+        return None
+    place = body(model)
+    if Kind.TOKENS in method.kinds:
+        return place.embedding
+    below = embedding_below(model, place.trunk)
+    return f"{place.trunk}.{below}" if place.trunk else below
 
 
 def fresh(
@@ -74,15 +87,14 @@ def operation(
         bases: what stands at each name, replaced heads included.
 
     Raises:
-        PlanError: there is a prefix on the model already.
+        PlanError: there is a prefix on the model already, or no room for so many tokens.
     """
-    place, method = body(model), method_of(adapter.plan)
-    assert method is not None
-    prefixed = Kind.ATTENTION in method.kinds
-    at = _joined(place.trunk, embedding_below(model, place.trunk)) if prefixed else place.embedding
+    place, method, at = body(model), method_of(adapter.plan), carrier_of(model, adapter.plan)
+    assert method is not None and at is not None
+    _check_room(model, method)
     carrier = TokenGraft(bases[at], adapter.name, _theta(bases[at], adapter, method, trainable))
     grafts: dict[str, Graft] = {at: carrier}
-    if not prefixed:
+    if Kind.TOKENS in method.kinds:
         return grafts, at, prompts.hooks(model, place, adapter.name, method.num_virtual_tokens)
     _check_single(model)
     heads = adapter.plan.sites[0].shape
@@ -136,8 +148,15 @@ def _theta(base: nn.Module, adapter: Adapter, method: TokenMethod, trainable: bo
     return Theta(method, params, 0.0, trainable and method.trainable)
 
 
-def _joined(stack: str, below: str) -> str:
-    return f"{stack}.{below}" if stack else below
+def _check_room(model: nn.Module, method: TokenMethod) -> None:
+    place, count = body(model), method.num_virtual_tokens
+    entered = place.memory if Kind.TOKENS in method.kinds else place.trunk
+    limit = position_limit(model.get_submodule(entered))
+    if limit is not None and count >= limit:
+        raise PlanError(
+            f"{count} virtual tokens leave no room for words: {type(model).__name__} has {limit} positions. "
+            f"Take fewer, e.g. `num_virtual_tokens={max(1, limit // 8)}`; nothing was changed."
+        )
 
 
 def _check_single(model: nn.Module) -> None:
@@ -151,4 +170,4 @@ def _check_single(model: nn.Module) -> None:
         )
 
 
-__all__ = ["fresh", "method_of", "named", "offered", "operation", "plan", "taken"]
+__all__ = ["carrier_of", "fresh", "method_of", "named", "offered", "operation", "plan", "taken"]

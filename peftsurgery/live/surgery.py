@@ -180,7 +180,8 @@ def _check_name(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Mod
             f"(`name={name + '_2'!r}`) or remove the other first; nothing was changed.",
             name=name,
         )
-    bare = {type(modules[site.name]): modules[site.name] for site in adapter.plan.sites}
+    places = [soft.carrier_of(model, adapter.plan), *(site.name for site in adapter.plan.sites)]
+    bare = {type(modules[place]): modules[place] for place in places if place is not None}
     taken = any(hasattr(module, name) for module in bare.values())
     if taken or name == "base" or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise PlanError(

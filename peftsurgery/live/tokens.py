@@ -99,14 +99,50 @@ def widened(tensor: Tensor, count: int, value: float) -> Tensor:
     """`count` times `value` in front of every row.
 
     Raises:
-        PlanError: a mask of more than two dimensions, whose meaning is not ours to extend.
+        PlanError: a mask that says for every pair of words what is seen, whose meaning is not ours to extend.
     """
-    if tensor.ndim == 4:
+    if not isinstance(tensor, Tensor) or tensor.ndim == 4:
         raise PlanError(
-            "A 4-dimensional attention mask cannot be extended by virtual tokens. Give the (batch, length) "
-            "mask, and generate with a cache that grows (the default)."
+            "A 4-dimensional attention mask cannot be extended by virtual tokens. "
+            "Give the (batch, length) mask."
         )
     return torch.nn.functional.pad(tensor, (count, 0), value=value)
+
+
+def check_cache(call: Call) -> None:
+    """Raise PlanError for a cache of a fixed size, which was made without room for virtual tokens."""
+    past = call.get("past_key_values")
+    if past is not None and past.is_compileable:
+        raise PlanError(
+            "Virtual tokens need a cache that grows, and the call brings one of a fixed size. "
+            "Leave out `cache_implementation='static'`."
+        )
+
+
+def check_continuation(call: Call, count: int) -> None:
+    """Raise PlanError where a continued call does not bring the words that follow those in its cache.
+
+    `generate` cuts what it takes for cached off its input by the length of the cache, virtual tokens and all:
+    it would cut `count` too many.
+    """
+    past, new = call["past_key_values"].get_seq_length(), leading(call)[-1]
+    total = _words(call, new)
+    if total is not None and total + count != past + new:
+        raise PlanError(
+            f"The call brings {new} of {total} words, and the cache has {past - count} words and {count} "
+            "virtual tokens. Pass only the words that are not in the cache yet, with the mask of all words."
+        )
+
+
+def _words(call: Call, new: int) -> int | None:
+    """How many words there are, cached ones included, by mask or positions; None if neither says."""
+    if torch.compiler.is_exporting():
+        return None
+    if "attention_mask" in call:
+        return int(call["attention_mask"].shape[-1]) if call["attention_mask"].ndim == 2 else None
+    if "position_ids" in call and new > 1:  # one word is a step of `generate`, not worth waiting for a device
+        return int(call["position_ids"].max()) + 1
+    return None
 
 
 def check_length(length: int, count: int, limit: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,29 @@ def test_generation_is_the_same_without_a_cache(subject: TokenSubject, method: T
     for words in ({}, {"do_sample": True}, {"num_beams": 2}):
         cached = generated(subject, model, **words)
         assert torch.equal(generated(subject, model, use_cache=False, **words), cached)
+
+
+@pytest.mark.parametrize("method", [METHODS["prompt"], METHODS["prefix"]], ids=lambda method: method.name)
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.family == "decoder"], ids=str)
+def test_a_conversation_goes_on_from_its_cache(subject: TokenSubject, method: TokenMethod) -> None:
+    model = grafted(subject, method)
+    words = subject.inputs()["input_ids"][:1]
+    first = model.generate(words, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    whole = torch.cat([first.sequences, torch.tensor([[9, 8, 9, 8, 7, 6, 5]])], dim=1)
+    told = {"attention_mask": torch.ones_like(whole), "max_new_tokens": 4, "do_sample": False}
+    expected = model.generate(whole, **told)[:, -4:]
+    cache = copy.deepcopy(first.past_key_values)
+    with pytest.raises(PlanError, match="not in the cache"):
+        model.generate(whole, past_key_values=cache, **told)
+    new = whole[:, first.sequences.shape[1] - 1 :]  # the last generated word was never read
+    going_on = model.generate(new, past_key_values=first.past_key_values, **told)
+    assert torch.equal(going_on[:, -4:], expected)
+    assert torch.equal(model.generate(whole, prompt_lookup_num_tokens=3, **told)[:, -4:], expected)
+    assert torch.equal(model.generate(whole, prefill_chunk_size=4, **told)[:, -4:], expected)
+    with pytest.raises(PlanError, match="a cache that grows"):
+        model.generate(whole, cache_implementation="static", **told)
+    with pytest.raises(PlanError, match="4-dimensional"):
+        model(whole, attention_mask=torch.ones(1, 1, whole.shape[1], whole.shape[1], dtype=torch.bool))
 
 
 @every
@@ -401,3 +425,87 @@ def test_a_plan_says_where_the_tokens_enter() -> None:
     model = BY_NAME["llama-gqa"].model()
     assert "model.embed_tokens" in str(ps.plan(model, METHODS["prompt"]))
     assert [site.shape for site in ps.plan(model, METHODS["prefix"]).sites] == [(2, 8)] * 2
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=str)
+@torch.no_grad()
+def test_a_hard_prompt_is_the_words_themselves(subject: TokenSubject) -> None:
+    """The oracle of prompts: the same words written out in front of the input."""
+    words, call = (9, 11, 13), subject.inputs(padded=False)
+    model = subject.model()
+    written = {**call, "input_ids": torch.cat([torch.tensor([words] * 2), call["input_ids"]], dim=1)}
+    written["attention_mask"] = torch.ones_like(written["input_ids"])
+    expected = model(**written).logits
+    ps.inject(model, ps.HardPrompt(words), task=FEATURES)
+    assert not ps.trainable_parameters(model)
+    assert (model(**call).logits - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.family == "decoder"], ids=str)
+@torch.no_grad()
+def test_a_prefix_of_read_words_is_the_words_themselves(subject: TokenSubject) -> None:
+    """The oracle of prefixes: keys and values that the model computed from words."""
+    words, call, model = torch.tensor([[9, 11, 13]]), subject.inputs(padded=False), subject.model()
+    written = torch.cat([words.expand(2, -1), call["input_ids"]], dim=1)
+    expected = model(written).logits[:, words.shape[1] :]
+    layers = model(words, use_cache=True).past_key_values.layers
+    entries = torch.stack([half for layer in layers for half in (layer.keys[0], layer.values[0])])
+    plan = ps.plan(model, ps.PrefixTuning(words.shape[1]))
+    params = {site.name: {} for site in plan.sites}
+    table = entries.permute(2, 0, 1, 3).flatten(1)  # (2L, heads, n, d) → (n, 2L·heads·d)
+    ps.inject(model, ps.Adapter(plan, params, shared={"prompt_embeddings": table}))
+    assert (model(**call).logits - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.family == "encoder"], ids=str)
+@torch.no_grad()
+def test_the_words_share_what_the_prefix_leaves_them(subject: TokenSubject) -> None:
+    """The oracle of attention surgery: among themselves, words look at one another as they do without it."""
+    model, call = subject.model(), subject.inputs()
+    model.set_attn_implementation("eager")
+    first = N + (PAD + 1 if subject.name in ("roberta", "mpnet") else 0)
+    moved = torch.arange(first, first + LENGTH).expand(2, -1)
+    if subject.name in ("roberta", "mpnet"):
+        moved = moved.masked_fill(call["attention_mask"] == 0, PAD)
+    plain = model.base_model(**call, position_ids=moved, output_attentions=True).attentions[0]
+    ps.inject(model, METHODS["prefix"], seed=0, task=FEATURES)
+    weights = model.base_model(**call, output_attentions=True).attentions[0]
+    assert weights.shape[-1] == plain.shape[-1] + N
+    assert (weights.sum(-1) - 1).abs().max() <= 1e-5
+    words = weights[..., N:]
+    seen = call["attention_mask"][:, None, :, None].bool()
+    shares = (words / words.sum(-1, keepdim=True)).masked_fill(~seen, 0)
+    assert (shares - plain.masked_fill(~seen, 0)).abs().max() <= 1e-5
+    assert (weights[..., :N] > 0).all()
+
+
+@every
+def test_too_many_virtual_tokens(subject: TokenSubject, method: TokenMethod) -> None:
+    model = subject.model()
+    before = snapshot(model)
+    many = dataclasses.replace(method, num_virtual_tokens=40)
+    if subject.name in ("llama-gqa", "qwen2", "t5", "modernbert", "deberta-v2"):
+        ps.plan(model, many)  # their positions are computed, or relative
+    else:
+        with pytest.raises(PlanError, match="room for words"):
+            ps.inject(model, many)
+    with pytest.raises(PlanError, match="cannot name"):
+        ps.inject(model, method, name="weight")
+    assert_same(before, model)
+
+
+@every
+def test_a_head_trains_beside(subject: TokenSubject, method: TokenMethod) -> None:
+    model = subject.model().train()
+    before, heads = snapshot(model), subject.family == "encoder"
+    ps.inject(model, method, seed=0)
+    names = list(ps.trainable_parameters(model))
+    assert any("classifier" in name for name in names) == heads
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    model(**subject.inputs()).logits.pow(2).sum().backward()
+    optimiser.step()
+    adapter = ps.remove(model)
+    assert bool(adapter.replaced) == heads
+    assert_same(before, model)
+    again = ps.inject(subject.model(), adapter)
+    assert ps.remove(again) == adapter
