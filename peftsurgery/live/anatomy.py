@@ -38,8 +38,8 @@ POSITIONS = ("position_embeddings", "wpe", "embed_positions")
 PER_TOKEN = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "ForPreTraining", "LMHeadModel")
 """How the names of classes end whose labels are one per token."""
 
-POOLED = "ForSequenceClassification"
-"""How the names of decoders end that classify by the last word which is no padding."""
+POOLING = "score"
+"""The head of decoders that classify by the last word which is no padding; encoders call theirs otherwise."""
 
 
 def output_embeddings(model: nn.Module) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ def body(model: nn.Module) -> Body:
         padding = config.pad_token_id if config.model_type in SKIPS_PADDING else None
         trunk = prefix if prefix in model._modules else ""
         return Body(Family.ENCODER, embedding, trunk, padding=padding, per_token=per_token)
-    pooled = type(model).__name__.endswith(POOLED)
+    pooled = POOLING in model._modules and not per_token
     return Body(Family.DECODER, embedding, _half(model, "get_decoder"), per_token=per_token, pooled=pooled)
 
 

@@ -12,6 +12,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 import peftsurgery as ps
+from peftsurgery.errors import UnsupportedSite
 from peftsurgery.method import TABLE, TokenMethod
 from tests.token_subjects import BERTS, LLAMAS, SUBJECTS, TokenSubject
 
@@ -164,6 +165,18 @@ def test_other_heads(head: str, word: str) -> None:
     results = [model(**call) for model in (mine, theirs)]
     for name in outputs:
         assert gap(results[0][name], results[1][name]) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_an_encoder_that_no_table_knows() -> None:
+    sizes = {**BERTS, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}
+    subject = TokenSubject(
+        "deberta", "encoder", lambda: tf.DebertaForSequenceClassification(tf.DebertaConfig(**sizes))
+    )
+    mine, theirs = both(subject.model, "prompt", "SEQ_CLS")
+    assert gap(subject.run(mine), subject.run(theirs)) <= TOLERANCE
+    with pytest.raises(UnsupportedSite, match="prompt tuning"):
+        ps.plan(subject.model(), ps.PrefixTuning(N))
 
 
 @pytest.mark.parametrize(("name", "word"), sorted(REFUSED))
