@@ -7,14 +7,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
+EXAMPLES_READY := $(VENV)/.examples-ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint format bench docs fixtures clean
+.PHONY: help venv demo example-soft test lint format bench docs fixtures clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo      the main job on a real model: inspect, merge, export, verify, classify'
+	@echo 'make example-soft  train, bake, export and serve soft prompts: a few minutes'
 	@echo 'make test      the tests, on two processes (ARGS="-k lora" passes words on to pytest)'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make format    let ruff rewrite what it can'
@@ -38,8 +40,16 @@ $(DOCS_READY): $(READY)
 	$(BIN)/pip install -c constraints.txt -e '.[docs]'
 	@touch $@
 
+$(EXAMPLES_READY): $(READY)
+	$(BIN)/pip install -c constraints.txt -e '.[examples]'
+	@touch $@
+
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+example-soft: $(EXAMPLES_READY)
+	rm -rf build/soft/prompt-tuning build/soft/prefix-tuning
+	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.train_soft_prompts
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -56,6 +66,7 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.injection
 	$(BIN)/python -m benchmarks.fidelity
+	$(BIN)/python -m benchmarks.soft_matrix
 
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

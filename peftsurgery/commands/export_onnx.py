@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,11 +134,18 @@ def loaded(model: str | Path, adapters: list[Adapter], task: str | None, trust: 
     )
 
 
-def _traced(live: nn.Module, task: str | None, opset: int) -> tuple[Any, Signature]:
-    from peftsurgery.graph.export import trace
+def signature_of(live: nn.Module, task: str | None) -> Signature:
+    """The model's inputs and outputs; its virtual tokens take positions from the longest input."""
     from peftsurgery.graph.signature import signature
 
     said = signature(live, task_named(task).name if task is not None else None)
+    return replace(said, longest=max(1, said.longest - soft.count(live))) if said.longest else said
+
+
+def _traced(live: nn.Module, task: str | None, opset: int) -> tuple[Any, Signature]:
+    from peftsurgery.graph.export import trace
+
+    said = signature_of(live, task)
     tables, tokens = soft.named(live)
     names = partial(canonical_name, live)
     held = [names(table) for table in tables]

@@ -10,11 +10,10 @@ import torch
 
 from peftsurgery.adapter import Adapter, check
 from peftsurgery.commands.adapter_files import Adapters, gather
-from peftsurgery.commands.export_onnx import loaded, operated, parity_table
+from peftsurgery.commands.export_onnx import loaded, operated, parity_table, signature_of
 from peftsurgery.commands.report import Report
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Event, Listener, ignore
-from peftsurgery.tasks import task as task_named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -82,7 +81,7 @@ def _compared(
     from peftsurgery.graph import parity
 
     with operated(against, given, True, task, trust_remote_code) as reference:
-        said, dtype = _signature(reference, task), _dtype(reference)
+        said, dtype = signature_of(reference, task), _dtype(reference)
         runner, other = _runner(model, said, trust_remote_code)
         widest = max(parity.tolerance(dtype), parity.tolerance(other))
         allowed = widest if tolerance is None else tolerance
@@ -110,12 +109,6 @@ def _graph(model: nn.Module | str | Path) -> Path | None:
     return (
         path if path.suffix == ".onnx" else path / "model.onnx" if (path / "model.onnx").is_file() else None
     )
-
-
-def _signature(live: nn.Module, task: str | None) -> Signature:
-    from peftsurgery.graph.signature import signature
-
-    return signature(live, task_named(task).name if task is not None else None)
 
 
 def _dtype(live: nn.Module) -> torch.dtype:

@@ -28,8 +28,10 @@ def bake(model: ir.Model, tables: Collection[str], tokens: Mapping[str, Tensor])
         return
     before = set(model.graph.initializers)
     _fold(model, tables)
-    for name in [name for name in model.graph.initializers if name not in before]:
-        _name(model.graph.initializers[name], tokens)
+    for value in [value for name, value in model.graph.initializers.items() if name not in before]:
+        # Parts may be equal: a layer that runs twice takes the same one twice, and a fresh prefix may be all zeros.
+        free = {name: part for name, part in tokens.items() if name not in model.graph.initializers}
+        _name(value, free)
 
 
 def _fold(model: ir.Model, tables: Collection[str]) -> None:

@@ -129,6 +129,11 @@ def named(model: nn.Module) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     return tuple(tables), tokens
 
 
+def count(model: nn.Module) -> int:
+    """How many positions the virtual tokens on the model take."""
+    return sum(m.method.num_virtual_tokens for m in model.modules() if isinstance(m, TokenGraft) and m.active)
+
+
 def _tokens(model: nn.Module, carrier: TokenGraft) -> dict[str, Tensor]:
     entry = next(record for record in chart(model).records if record.name == carrier.label)
     site = entry.plan.sites[0]
@@ -170,4 +175,4 @@ def _check_single(model: nn.Module) -> None:
         )
 
 
-__all__ = ["carrier_of", "fresh", "method_of", "named", "offered", "operation", "plan", "taken"]
+__all__ = ["carrier_of", "count", "fresh", "method_of", "named", "offered", "operation", "plan", "taken"]

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from click.testing import Result
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import peftsurgery as ps
 from fixtures.minilm import minilm_path
@@ -85,3 +85,36 @@ def test_a_prompt_and_a_lora_together(bert: Path, tmp_path: Path) -> None:
         held = names(tmp_path / form / "model.onnx")
         assert "prompt" in held
         assert any("lora_A" in name for name in held) == factored
+
+
+@pytest.mark.parametrize(
+    "method", [ps.PromptTuning(num_virtual_tokens=5), ps.PrefixTuning(num_virtual_tokens=5)]
+)
+def test_a_model_with_few_positions(method: ps.PromptTuning, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = BertConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=99,
+        max_position_embeddings=24,
+    )
+    live = BertForSequenceClassification(config)
+    ps.inject(live, method, seed=0)
+    report = ps.export_onnx(live, out=tmp_path / "onnx")
+    assert report.facts["parity"]["max_abs_diff"] <= 1e-4
+    assert max(row["length"] for row in report.facts["parity"]["rows"]) == 18
+
+
+def test_a_prefix_of_zeros_keeps_its_names(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    config = BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=99
+    )
+    live = BertForSequenceClassification(config)
+    ps.inject(live, ps.PrefixTuning(num_virtual_tokens=3, init_weights="zero"))
+    ps.export_onnx(live, out=tmp_path / "onnx")
+    assert {"prefix.0.key", "prefix.0.value", "prefix.1.key", "prefix.1.value"} <= names(
+        tmp_path / "onnx" / "model.onnx"
+    ).keys()
