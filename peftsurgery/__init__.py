@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Adapter": "adapter",
+    "AdapterFusion": "methods",
+    "Bottleneck": "methods",
     "Event": "events",
     "HardPrompt": "methods",
     "Kind": "site",
@@ -48,6 +50,8 @@ _HOMES = {
 __all__ = [
     "METHODS",
     "Adapter",
+    "AdapterFusion",
+    "Bottleneck",
     "Event",
     "HardPrompt",
     "Kind",
@@ -95,7 +99,16 @@ if TYPE_CHECKING:
     from peftsurgery.events import Event
     from peftsurgery.fold import folded
     from peftsurgery.live.active import activate, adapters, rescale, trainable_parameters
-    from peftsurgery.methods import METHODS, HardPrompt, LoRA, PrefixTuning, PromptTuning, PTuning
+    from peftsurgery.methods import (
+        METHODS,
+        AdapterFusion,
+        Bottleneck,
+        HardPrompt,
+        LoRA,
+        PrefixTuning,
+        PromptTuning,
+        PTuning,
+    )
     from peftsurgery.planning import Plan, Step
     from peftsurgery.site import Kind, Layout, Site
 

@@ -130,8 +130,8 @@ def rebased(adapter: Adapter, sites: Iterable[Site], names: Collection[str] = ()
         MismatchedTensors: the shapes do not fit: another base.
     """
     every = list(sites)
-    offered = {site.name: site for site in every if site.kind.has_weight}
-    wanted = [site.name for site in adapter.plan.sites if site.kind.has_weight]
+    offered = {site.name: site for site in every if site.kind.has_name}
+    wanted = [site.name for site in adapter.plan.sites if site.kind.has_name]
     rename = max(renames(wanted, offered), key=lambda r: sum(r(name) in offered for name in wanted))
     _claim(adapter, [name for name in wanted if rename(name) not in offered], offered)
     seats = {**_seats(adapter, every, Kind.TOKENS), **_seats(adapter, every, Kind.ATTENTION)}

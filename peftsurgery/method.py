@@ -54,8 +54,8 @@ class Method(ABC):
 
     name: ClassVar[str]
     """The word for it, on the command line and in `METHODS`."""
-    peft_type: ClassVar[str]
-    """The word for it in PEFT's `adapter_config.json`."""
+    peft_type: ClassVar[str | None]
+    """The word for it in PEFT's `adapter_config.json`; None where PEFT has no such method."""
     kinds: ClassVar[frozenset[Kind]]
     """The kinds of site that it can be put at."""
 
@@ -210,6 +210,46 @@ class TokenMethod(Method):
         """`baked()` and its table: the very tokens of evaluation mode, without a gradient."""
         with torch.no_grad():
             return self.baked(), {TABLE: self.tokens(p).detach()}
+
+
+@dataclass(frozen=True)
+class OutputMethod(Method):
+    """A method that cuts a sublayer's output: `forward` is its definition, and nothing eliminates it.
+
+    A sublayer computes y, and its layer goes on with norm(y + residual) (post-norm) or y + residual
+    (pre-norm). The method puts y' in the place of y. Its files are AdapterHub's.
+    """
+
+    peft_type: ClassVar[str | None] = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the layer goes on with y' itself, its own residual connection and norm left out."""
+        return False
+
+    @abstractmethod
+    def forward(self, y: Tensor, residual: Tensor, norm: Map | None, p: Params, training: bool) -> Tensor:
+        """What goes on in the place of `y`; the formula of the method.
+
+        Args:
+            y: (…, d), the sublayer's output after its dropout.
+            residual: (…, d), what the layer adds to it.
+            norm: the layer's own LayerNorm, which it applies to the sum; None in a pre-norm layer.
+            training: whether dropout drops.
+        """
+
+    def stage(self, parameter: str) -> int:
+        """The stage of a training in two in which the parameter of that name moves: 1 or 2."""
+        return 1
+
+    @property
+    def trains_in(self) -> int:
+        """The stage that a freshly grafted method is in."""
+        return 1
+
+    def penalty(self, p: Params) -> Tensor | None:
+        """A scalar for the training to add to its loss; None where the method asks for nothing."""
+        return None
 
 
 def whole(method: Method, *fields: str) -> None:

@@ -37,13 +37,20 @@ class Kind(Enum):
     """The word-embedding module, where virtual tokens enter as embeddings; the shape is (vocabulary, d)."""
     ATTENTION = "attention"
     """An attention layer, where they enter as keys and values; the shape is (kv_heads, head_dim)."""
+    OUTPUT = "output"
+    """A sublayer's output, in front of its residual connection; the shape is (hidden,)."""
     OTHER = "other"
     """A weight that no formula reaches: normalisations, grouped convolutions, quantised or hidden weights."""
 
     @property
     def has_weight(self) -> bool:
-        """Whether the site is a weight, and not a place where tokens enter."""
-        return self not in (Kind.TOKENS, Kind.ATTENTION)
+        """Whether the site is a weight, and not a place where tokens enter or a sublayer ends."""
+        return self not in (Kind.TOKENS, Kind.ATTENTION, Kind.OUTPUT)
+
+    @property
+    def has_name(self) -> bool:
+        """Whether adapter files name the site; where tokens enter is told by kind and order."""
+        return self.has_weight or self is Kind.OUTPUT
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +58,10 @@ class Site:
     """One named place.
 
     Args:
-        name: the module's dotted name, as `named_modules()` says it.
+        name: the module's dotted name, as `named_modules()` says it; a sublayer's output has the name that
+            AdapterHub gives it, which is not always a module's.
         kind: what its weight does, or which tokens enter there.
-        shape: the stored shape of its weight; of an attention layer (kv_heads, head_dim).
+        shape: the stored shape of its weight; of an attention layer (kv_heads, head_dim), of an output (hidden,).
         layout: how that weight becomes the (out, in) matrix.
     """
 
@@ -85,6 +93,8 @@ class Site:
             return f"{self.shape[1]} wide"
         if self.kind is Kind.ATTENTION:
             return f"{self.shape[0]} heads of {self.shape[1]}"
+        if self.kind is Kind.OUTPUT:
+            return f"{self.shape[0]} wide"
         out, inner = self.matrix_shape
         return f"{inner} → {out}"
 

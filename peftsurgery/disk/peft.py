@@ -78,6 +78,11 @@ def write(adapter: Adapter, directory: Path) -> None:
         raise AdapterError(
             f"Adapter {adapter.name!r} is on the meta device and has no values. Load or train it first."
         )
+    stranger = next((s.method.name for s in adapter.plan.steps if s.method.peft_type is None), None)
+    if stranger is not None:
+        raise AdapterError(
+            f"PEFT has no {stranger} adapters, and so no format for them. Take AdapterHub's: `format='adapterhub'`."
+        )
     if any(isinstance(step.method, TokenMethod) for step in adapter.plan.steps):
         said = peft_soft.files(adapter)
     else:

@@ -102,7 +102,7 @@ def method_of(raw: Mapping[str, object], methods: Mapping[str, type[Method]]) ->
     Raises:
         UnknownMethod: it is none of `methods`.
     """
-    known = {method.peft_type: method for method in methods.values()}
+    known = {method.peft_type: method for method in methods.values() if method.peft_type is not None}
     named = raw.get("peft_type")
     if isinstance(named, str) and named in known:
         return known[named]

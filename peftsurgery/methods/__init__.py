@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from peftsurgery.method import Method
+from peftsurgery.methods.bottleneck import Bottleneck
+from peftsurgery.methods.fusion import AdapterFusion
 from peftsurgery.methods.hard import HardPrompt
 from peftsurgery.methods.lora import LoRA
 from peftsurgery.methods.p_tuning import PTuning
@@ -12,7 +14,16 @@ from peftsurgery.methods.prefix import PrefixTuning
 from peftsurgery.methods.prompt import PromptTuning
 
 METHODS: Mapping[str, type[Method]] = {
-    method.name: method for method in (LoRA, PromptTuning, PTuning, PrefixTuning)
+    method.name: method for method in (LoRA, PromptTuning, PTuning, PrefixTuning, Bottleneck, AdapterFusion)
 }
 
-__all__ = ["METHODS", "HardPrompt", "LoRA", "PTuning", "PrefixTuning", "PromptTuning"]
+__all__ = [
+    "METHODS",
+    "AdapterFusion",
+    "Bottleneck",
+    "HardPrompt",
+    "LoRA",
+    "PTuning",
+    "PrefixTuning",
+    "PromptTuning",
+]

@@ -20,6 +20,8 @@ def test_public_names() -> None:
     assert set(ps.__all__) == {
         *(
             "Adapter",
+            "AdapterFusion",
+            "Bottleneck",
             "Event",
             "HardPrompt",
             "Kind",
