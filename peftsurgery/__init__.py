@@ -38,6 +38,7 @@ _HOMES = {
     "load_adapter": "commands.adapter_files",
     "merge": "commands.merge",
     "plan": "commands.inject",
+    "regularization": "live.active",
     "remove": "commands.remove",
     "rescale": "live.active",
     "save_adapter": "commands.adapter_files",
@@ -75,6 +76,7 @@ __all__ = [
     "load_adapter",
     "merge",
     "plan",
+    "regularization",
     "remove",
     "rescale",
     "save_adapter",
@@ -98,7 +100,7 @@ if TYPE_CHECKING:
     from peftsurgery.errors import SurgeryError
     from peftsurgery.events import Event
     from peftsurgery.fold import folded
-    from peftsurgery.live.active import activate, adapters, rescale, trainable_parameters
+    from peftsurgery.live.active import activate, adapters, regularization, rescale, trainable_parameters
     from peftsurgery.methods import (
         METHODS,
         AdapterFusion,

@@ -93,6 +93,19 @@ class Method(ABC):
         """Fresh float32 values on the CPU for `shared_shapes(sites)`; see `TokenMethod`."""
         return {}
 
+    def stage(self, parameter: str) -> int:
+        """The stage of a training in two in which the parameter of that name moves: 1 or 2."""
+        return 1
+
+    @property
+    def trains_in(self) -> int:
+        """The stage that a freshly grafted method is in."""
+        return 1
+
+    def penalty(self, p: Params) -> Tensor | None:
+        """A scalar for the training to add to its loss; None where the method asks for nothing."""
+        return None
+
     def scaled(self, factor: float) -> Self:
         """The method whose effect is `factor` times this one's."""
         raise NotFoldable(f"{self.name} has no scale of its own. Export the model with it instead.")
@@ -237,19 +250,6 @@ class OutputMethod(Method):
             norm: the layer's own LayerNorm, which it applies to the sum; None in a pre-norm layer.
             training: whether dropout drops.
         """
-
-    def stage(self, parameter: str) -> int:
-        """The stage of a training in two in which the parameter of that name moves: 1 or 2."""
-        return 1
-
-    @property
-    def trains_in(self) -> int:
-        """The stage that a freshly grafted method is in."""
-        return 1
-
-    def penalty(self, p: Params) -> Tensor | None:
-        """A scalar for the training to add to its loss; None where the method asks for nothing."""
-        return None
 
 
 def whole(method: Method, *fields: str) -> None:

@@ -5,6 +5,7 @@ A word is one of
     layer.*.query       a glob, on the full name or on its end after a dot
     re:.*\\.(q|v)_proj   a regular expression for the whole name; a compiled pattern says the same
     all-linear          every linear map but the output head
+    output_adapter      every output of that role
 A layer constraint binds every word but those that are a site's full name, as in PEFT.
 """
 
@@ -196,7 +197,8 @@ def _matching(
     if label(word).lower() == ALL_LINEAR:
         return [site.name for site in sites if site.kind is Kind.LINEAR and site.name not in outputs]
     end = f".{word}"
-    return [name[1:] for name in dotted if name.endswith(end)]
+    named = zip(sites, dotted, strict=True)
+    return [site.name for site, name in named if name.endswith(end) or site.role == word]
 
 
 def _narrowed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from math import prod
 
@@ -63,12 +63,15 @@ class Site:
         kind: what its weight does, or which tokens enter there.
         shape: the stored shape of its weight; of an attention layer (kv_heads, head_dim), of an output (hidden,).
         layout: how that weight becomes the (out, in) matrix.
+        role: AdapterHub's word for an output (`mh_adapter`, `cross_adapter`, `output_adapter`), which targets
+            may say; two sites that differ in nothing else are the same.
     """
 
     name: str
     kind: Kind
     shape: tuple[int, ...]
     layout: Layout = Layout.OUT_IN
+    role: str = field(default="", compare=False)
 
     @property
     def weight(self) -> str:

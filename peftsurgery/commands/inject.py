@@ -15,7 +15,8 @@ from peftsurgery.disk.locate import locate
 from peftsurgery.errors import PlanError, listing
 from peftsurgery.live import anatomy, pretrained, soft, surgery
 from peftsurgery.live import sites as tree
-from peftsurgery.method import Method, TokenMethod, WeightMethod
+from peftsurgery.live.sublayers import output_sites
+from peftsurgery.method import Method, OutputMethod, TokenMethod, WeightMethod
 from peftsurgery.planning import Plan, by_pattern
 from peftsurgery.planning import plan as make_plan
 from peftsurgery.select import Layers, Query, Word
@@ -48,7 +49,9 @@ def plan(
 
     Args:
         targets: module names by suffix (`"query,value"`), glob, `"re:<regex>"`, `"all-linear"`, or a list;
-            none for prompts and prefixes, which have one place in every model.
+            none for prompts and prefixes, which have one place in every model. Bottlenecks go to
+            `"mh_adapter"`, `"output_adapter"` or `"cross_adapter"`, AdapterHub's words for sublayers, or to
+            those of them that the words select by name.
         exclude_modules: the same words, for what stays out.
         layers_to_transform: layer numbers, `[0, 1]` or `"0-3"`; `layers_pattern` names the list of layers.
         rank_pattern, alpha_pattern: another `r` or `lora_alpha` for names that match a key, as in PEFT.
@@ -83,7 +86,9 @@ def _sited(
     patterns: Mapping[str, Mapping[str, float]],
     heads: tuple[str, ...],
 ) -> Plan:
-    offered, outputs = tree.sites(model), (*anatomy.output_embeddings(model), *heads)
+    is_output = isinstance(method, OutputMethod)
+    offered = output_sites(model) if is_output else tree.sites(model)
+    outputs = (*anatomy.output_embeddings(model), *heads)
     chosen = make_plan(offered, method, targets=query, reserved=heads, outputs=outputs)
     if not patterns:
         return chosen

@@ -13,29 +13,19 @@ from peftsurgery.planning import Plan
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One adapter on a model: its plan, and per module the parameters that it replaces.
+    """One adapter on a model: its plan, the modules that wear a graft of it, and per module what it replaces.
 
     An adapter of virtual tokens also has a carrier, the module that wears its parameters, and hooks.
     """
 
     name: str
     plan: Plan
+    places: tuple[str, ...]
     replaces: tuple[tuple[str, tuple[str, ...]], ...] = ()
     task_type: str | None = None
     base: str | None = None
     carrier: str | None = None
     hooks: tuple[tuple[str, Hook], ...] = ()
-
-    @property
-    def places(self) -> tuple[str, ...]:
-        """The modules that wear a graft of it."""
-        carrier = () if self.carrier is None else (self.carrier,)
-        grafted = (
-            *carrier,
-            *(site.name for site in self.plan.sites),
-            *(module for module, _ in self.replaces),
-        )
-        return tuple(dict.fromkeys(grafted))
 
 
 @dataclass(frozen=True, slots=True)

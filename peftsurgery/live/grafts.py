@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import fields
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,6 +28,27 @@ class Factor(nn.Module):
         assert isinstance(child, Factor)
         child.hold(rest, parameter)
 
+    def seat(self, place: str, theta: Factor) -> None:
+        """Take in all that an adapter has at one place, under a name whose dots are modules."""
+        head, _, rest = place.partition(".")
+        if not rest:
+            self._modules[head] = theta
+            return
+        child = self._modules.setdefault(head, Factor())
+        assert isinstance(child, Factor)
+        child.seat(rest, theta)
+
+    def held(self, name: str) -> nn.Parameter:
+        """The parameter that was taken in under that name."""
+        head, _, rest = name.partition(".")
+        if rest:
+            child = self._modules[head]
+            assert isinstance(child, Factor)
+            return child.held(rest)
+        parameter = self._parameters[head]
+        assert parameter is not None
+        return parameter
+
     def extra_repr(self) -> str:
         weight = self._parameters.get("weight")
         return "" if weight is None else f"{weight.shape[1:].numel()} → {weight.shape[0]}"
@@ -39,22 +59,24 @@ class Theta(Factor):
 
     method: Method
     names: tuple[str, ...]
+    trainable: bool
 
     def __init__(self, method: Method, params: Mapping[str, Tensor], dropout: float, trainable: bool) -> None:
         super().__init__()
-        self.__dict__.update(method=method, names=tuple(params))
+        self.__dict__.update(method=method, names=tuple(params), trainable=trainable)
         if dropout:
             self.add_module(f"{method.name}_dropout", nn.Dropout(dropout))
         for name, value in params.items():
-            self.hold(name, nn.Parameter(value, requires_grad=trainable))
+            moves = trainable and method.stage(name) == method.trains_in
+            self.hold(name, nn.Parameter(value, requires_grad=moves))
 
     @property
     def dropout(self) -> nn.Module | None:
         return self._modules.get(f"{self.method.name}_dropout")
 
-    def params(self) -> dict[str, Tensor]:
+    def params(self) -> dict[str, nn.Parameter]:
         """Parameter name → parameter."""
-        return {name: attrgetter(name)(self) for name in self.names}
+        return {name: self.held(name) for name in self.names}
 
     def _get_name(self) -> str:
         return type(self.method).__name__
@@ -155,13 +177,19 @@ class StandIn(Graft):
 
 def clone(module: nn.Module, values: Mapping[str, Tensor], trainable: bool = False) -> nn.Module:
     """A shallow copy of `module` with parameters of its own for `values` (a Parameter is taken as it is)."""
-    twin = copy.copy(module)
-    twin.__dict__["_parameters"] = dict(module._parameters)
-    twin.__dict__["_modules"] = dict(module._modules)
+    own = twin(module, {})
+    own.__dict__["_parameters"] = dict(module._parameters)
     for name, value in values.items():
-        own = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=trainable)
-        twin._parameters[name] = own
-    return twin
+        given = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=trainable)
+        own._parameters[name] = given
+    return own
+
+
+def twin(module: nn.Module, children: Mapping[str, Any]) -> nn.Module:
+    """A shallow copy of `module` with these children in the place of its own of those names."""
+    other = copy.copy(module)
+    other.__dict__["_modules"] = {**module._modules, **children}
+    return other
 
 
 def leaf(module: nn.Module) -> nn.Module:
@@ -188,4 +216,4 @@ def _by_definition(method: WeightMethod) -> Callable[[Op, Tensor, Params], Tenso
     return lambda op, x, p: WeightMethod.forward(method, op, x, p)
 
 
-__all__ = ["Factor", "Graft", "StandIn", "Theta", "WeightGraft", "clone", "effective", "leaf"]
+__all__ = ["Factor", "Graft", "StandIn", "Theta", "WeightGraft", "clone", "effective", "leaf", "twin"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftsurgery.adapter import Adapter, check, rebased
 from peftsurgery.errors import AlreadyGrafted, MismatchedTensors, PlanError, UnclaimedSites, listing, nearest
-from peftsurgery.live import soft
+from peftsurgery.live import outputs, soft
 from peftsurgery.live.chart import Record, chart, enter, leave, record
 from peftsurgery.live.grafts import Graft, StandIn, Theta, WeightGraft
 from peftsurgery.live.pause import collector_paused
@@ -20,6 +20,7 @@ from peftsurgery.live.sites import everywhere, sites, walk
 from peftsurgery.live.swap import Hook, hook, require_grad, swap, unhook
 from peftsurgery.method import WeightMethod
 from peftsurgery.planning import Plan, Step
+from peftsurgery.site import Kind, Site
 
 Replaced = Mapping[str, Mapping[str, Tensor]]
 """Module name → parameter name → the value that the adapter brings for it."""
@@ -66,7 +67,7 @@ def inject(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.
         UnclaimedSites, MismatchedTensors, NonFiniteWeight: the adapter does not fit; nothing was changed.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)} if adapter.replaced else ()
-    own, _ = rebased(check(adapter), [*sites(model), *soft.offered(model, adapter.plan)], names)
+    own, _ = rebased(check(adapter), [*sites(model), *_special(model, adapter.plan)], names)
     copied = {site: {name: p.clone() for name, p in params.items()} for site, params in own.params.items()}
     shared = {name: p.clone() for name, p in own.shared.items()}
     return graft(model, replace(own, params=copied, shared=shared), trainable=trainable)
@@ -88,7 +89,11 @@ def graft(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.M
         {} if chart(model).records else {name: p for name, p in model.named_parameters() if p.requires_grad}
     )
     leaves = tuple((module, tuple(values)) for module, values in replaced.items())
-    new = Record(adapter.name, adapter.plan, leaves, adapter.task_type, adapter.base, carrier, hooks)
+    new = Record(
+        *(adapter.name, adapter.plan, tuple(grafts), leaves, adapter.task_type, adapter.base),
+        carrier,
+        hooks,
+    )
     old = swap(model, everywhere(grafts, walked))
     try:
         hook(model, hooks)
@@ -131,6 +136,7 @@ def taken(model: nn.Module, name: str) -> Adapter:
     """
     entry, modules = record(model, name), dict(walk(model))
     layers = {place: list(_layers(modules[place], name)) for place in entry.places}
+    found = {**outputs.thetas(layers), **_weights(layers)}
     steps: list[Step] = []
     params: dict[str, Mapping[str, Tensor]] = {}
     shared = {} if entry.carrier is None else soft.taken(modules[entry.carrier], name)
@@ -139,15 +145,25 @@ def taken(model: nn.Module, name: str) -> Adapter:
             steps.append(step)
             params[step.site.name] = {}
             continue
-        graft = next(g for g in layers[step.site.name] if isinstance(g, WeightGraft))
-        steps.append(Step(step.site, graft.method))
-        params[step.site.name] = {key: p.detach() for key, p in graft.theta.params().items()}
+        theta = found[step.site.name]
+        steps.append(Step(step.site, theta.method))
+        params[step.site.name] = {key: p.detach() for key, p in theta.params().items()}
     replaced = {}
     for place, leaves in entry.replaces:
         own = next(g for g in layers[place] if isinstance(g, StandIn)).own
         replaced.update({f"{place}.{leaf}": own.get_parameter(leaf).detach() for leaf in leaves})
     plan = replace(entry.plan, steps=tuple(steps))
     return Adapter(plan, params, name, shared, replaced, entry.task_type, entry.base)
+
+
+def _special(model: nn.Module, plan: Plan) -> tuple[Site, ...]:
+    """The places of a plan that are no modules with a weight."""
+    return *soft.offered(model, plan), *outputs.offered(model, plan)
+
+
+def _weights(layers: Mapping[str, Sequence[Graft]]) -> dict[str, Theta]:
+    grafts = ((place, graft) for place, worn in layers.items() for graft in worn)
+    return {place: graft.theta for place, graft in grafts if isinstance(graft, WeightGraft)}
 
 
 def _blank(step: Step) -> dict[str, Tensor]:
@@ -180,14 +196,19 @@ def _check_name(model: nn.Module, adapter: Adapter, modules: Mapping[str, nn.Mod
             f"(`name={name + '_2'!r}`) or remove the other first; nothing was changed.",
             name=name,
         )
-    places = [soft.carrier_of(model, adapter.plan), *(site.name for site in adapter.plan.sites)]
-    bare = {type(modules[place]): modules[place] for place in places if place is not None}
+    carried = (place for place in [soft.carrier_of(model, adapter.plan)] if place is not None)
+    places = [*carried, *outputs.layers(model, adapter.plan), *_modules_of(adapter.plan)]
+    bare = {type(modules[place]): modules[place] for place in places}
     taken = any(hasattr(module, name) for module in bare.values())
     if taken or name == "base" or not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise PlanError(
             f"{name!r} cannot name an adapter: letters, digits, `_` and `-` can, except the names that a module has "
             "already. Try `name='adapter'`; nothing was changed."
         )
+
+
+def _modules_of(plan: Plan) -> list[str]:
+    return [site.name for site in plan.sites if site.kind is not Kind.OUTPUT]
 
 
 def _copies(modules: Mapping[str, nn.Module], plan: Plan) -> dict[str, Tensor]:
@@ -245,8 +266,9 @@ def _grafts(
         return grafts | own, carrier, hooks
     for step in adapter.plan.steps:
         place = step.site.name
-        grafts[place] = _weight_graft(grafts.get(place, modules[place]), step, adapter, trainable)
-    return grafts, None, ()
+        if step.site.kind is not Kind.OUTPUT:
+            grafts[place] = _weight_graft(grafts.get(place, modules[place]), step, adapter, trainable)
+    return grafts | outputs.grafts(model, adapter, modules, trainable), None, ()
 
 
 def _weight_graft(base: nn.Module, step: Step, adapter: Adapter, trainable: bool) -> WeightGraft:

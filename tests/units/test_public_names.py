@@ -49,7 +49,16 @@ def test_public_names() -> None:
             "merge",
             "plan",
         ),
-        *("remove", "rescale", "save_adapter", "scale", "sites", "trainable_parameters", "verify"),
+        *(
+            "regularization",
+            "remove",
+            "rescale",
+            "save_adapter",
+            "scale",
+            "sites",
+            "trainable_parameters",
+            "verify",
+        ),
     }
     assert all(getattr(ps, name) is not None for name in ps.__all__)
     assert set(ps.__all__) <= set(dir(ps))

@@ -1,0 +1,98 @@
+"""The subjects of the output laws: every architecture whose sublayers are known, and every form of the methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+import peftsurgery as ps
+from peftsurgery.method import OutputMethod
+from tests.token_subjects import LLAMAS, NARROW
+from tests.token_subjects import SUBJECTS as WORDS
+
+BOTH = "mh_adapter,output_adapter"
+FEATURES = "feature-extraction"
+
+
+@dataclass(frozen=True)
+class OutputSubject:
+    """A model and an input for it."""
+
+    name: str
+    model: Callable[[], nn.Module]
+    inputs: Callable[[], dict[str, Tensor]]
+
+    def run(self, model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return self.output(model)
+
+    def output(self, model: nn.Module) -> Tensor:
+        return model(**self.inputs()).logits
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _vit() -> nn.Module:
+    torch.manual_seed(0)
+    config = tf.ViTConfig(**{**NARROW, "intermediate_size": 48, "image_size": 8, "patch_size": 4})
+    return tf.ViTForImageClassification(config).eval()
+
+
+def _pixels() -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(2))}
+
+
+def _causal(model: type, config: type, **more: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return model(config(**{**LLAMAS, **more})).eval()
+
+    return build
+
+
+SUBJECTS = (
+    *(OutputSubject(subject.name, subject.model, subject.inputs) for subject in WORDS),
+    OutputSubject("vit", _vit, _pixels),
+    OutputSubject("qwen3", _causal(tf.Qwen3ForCausalLM, tf.Qwen3Config, head_dim=8), WORDS[9].inputs),
+    OutputSubject("gemma", _causal(tf.GemmaForCausalLM, tf.GemmaConfig, head_dim=8), WORDS[9].inputs),
+    OutputSubject("mistral", _causal(tf.MistralForCausalLM, tf.MistralConfig), WORDS[9].inputs),
+)
+FEW = tuple(s for s in SUBJECTS if s.name in ("bert", "distilbert", "llama-gqa", "opt", "t5", "bart", "vit"))
+"""One of every way in which a layer adds, drops and normalises."""
+
+# No relu: a dead unit has no gradient, and small models have many.
+
+PFEIFFER = ps.Bottleneck(bottleneck_size=3, original_ln_before=True, non_linearity="gelu")
+HOULSBY = ps.Bottleneck(bottleneck_size=3, non_linearity="swish", dropout=0.1)
+PARALLEL = ps.Bottleneck(
+    bottleneck_size=5, is_parallel=True, scaling=4.0, init_weights="mam_adapter", non_linearity="tanh"
+)
+NORMED = ps.Bottleneck(
+    bottleneck_size=3, ln_before=True, ln_after=True, scaling="channel", non_linearity="gelu"
+)
+FINAL = replace(PFEIFFER, original_ln_after=False, residual_before_ln=False)
+FUSION = ps.AdapterFusion((("a", PFEIFFER), ("b", replace(PFEIFFER, bottleneck_size=2, scaling=0.5))))
+METHODS: dict[str, OutputMethod] = {
+    "pfeiffer": PFEIFFER,
+    "houlsby": HOULSBY,
+    "parallel": PARALLEL,
+    "normed": NORMED,
+    "final": FINAL,
+    "fusion": FUSION,
+}
+
+
+def trained(subject: OutputSubject, method: OutputMethod, name: str = "default", seed: int = 0) -> ps.Adapter:
+    """An adapter for the subject whose every parameter is away from its start."""
+    model = ps.inject(subject.model(), method, BOTH, name=name, seed=seed, task=FEATURES)
+    generator = torch.Generator().manual_seed(seed + 1)
+    adapter = ps.remove(model, name)
+    for _, tensor in adapter.tensors():
+        tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+    return adapter
