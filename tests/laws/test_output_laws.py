@@ -231,7 +231,7 @@ def test_torch_export(subject: OutputSubject, method: OutputMethod) -> None:
 @few
 def test_compile(subject: OutputSubject) -> None:
     model = ps.inject(subject.model(), trained(subject, PFEIFFER))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend="aot_eager")
     try:
         assert relative(subject.run(compiled), subject.run(model)) < 2e-5
     finally:
