@@ -23,7 +23,7 @@ from peftsurgery.events import Event, Listener, ignore
 from peftsurgery.live import pretrained, soft, surgery
 from peftsurgery.live.active import canonical_name
 from peftsurgery.live.merge import merge as merge_live
-from peftsurgery.method import TokenMethod
+from peftsurgery.method import WeightMethod
 from peftsurgery.tasks import task as task_named
 
 if TYPE_CHECKING:
@@ -101,10 +101,11 @@ def operated(
 ) -> Iterator[nn.Module]:
     """The live model with the adapters merged or, factored, grafted; a live one is as before afterwards.
 
-    Virtual tokens have no weight to be merged into: they are baked, and grafted in either case.
+    Virtual tokens, bottlenecks and fusions have no weight to be merged into: they are grafted in either case,
+    the tokens baked.
     """
     live = loaded(model, adapters, task, trust) if isinstance(model, str | Path) else model
-    merged = [] if factored else [adapter for adapter in adapters if not _has_tokens(adapter)]
+    merged = [] if factored else [adapter for adapter in adapters if not _stays(adapter)]
     undo: list[Callable[[], object]] = []
     try:
         if merged:
@@ -118,8 +119,9 @@ def operated(
             step()
 
 
-def _has_tokens(adapter: Adapter) -> bool:
-    return any(isinstance(step.method, TokenMethod) for step in adapter.plan.steps)
+def _stays(adapter: Adapter) -> bool:
+    """Whether no merge absorbs it: virtual tokens, bottlenecks and their fusions."""
+    return any(not isinstance(step.method, WeightMethod) for step in adapter.plan.steps)
 
 
 def loaded(model: str | Path, adapters: list[Adapter], task: str | None, trust: bool) -> nn.Module:
@@ -238,4 +240,5 @@ def _share(value: float | None) -> str:
 
 
 def _form(adapters: list[Adapter], factored: bool) -> str:
-    return "factored" if adapters and factored else "merged" if adapters else "base"
+    forms = dict.fromkeys("factored" if factored else "grafted" if _stays(a) else "merged" for a in adapters)
+    return " + ".join(forms) or "base"

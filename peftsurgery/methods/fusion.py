@@ -154,7 +154,7 @@ class AdapterFusion(OutputMethod):
         """
         last = self._last
         x, around = (residual, residual) if last.is_parallel else last.entry(y, residual, norm)
-        said = torch.stack([member.up(x, part(p, name)) for name, member in self.members], dim=-2)
+        said = torch.stack([member.up(x, part(p, name)) for name, member in self.members]).movedim(0, -2)
         query = y if self.query_before_ln and not last.is_parallel else x
         return query, said + around.unsqueeze(-2) if self.residual_before else said, around
 
