@@ -14,6 +14,7 @@ _HOMES = {
     "Adapter": "adapter",
     "AdapterFusion": "methods",
     "Bottleneck": "methods",
+    "CONFIGS": "methods",
     "Event": "events",
     "HardPrompt": "methods",
     "Kind": "site",
@@ -49,6 +50,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CONFIGS",
     "METHODS",
     "Adapter",
     "AdapterFusion",
@@ -102,6 +104,7 @@ if TYPE_CHECKING:
     from peftsurgery.fold import folded
     from peftsurgery.live.active import activate, adapters, regularization, rescale, trainable_parameters
     from peftsurgery.methods import (
+        CONFIGS,
         METHODS,
         AdapterFusion,
         Bottleneck,

@@ -43,13 +43,13 @@ def chosen_method(options: dict[str, Any], *, needed: bool = True) -> Callable[[
         common["prompt_tuning_init"] = "TEXT"
     if common["encoder_reparameterization_type"] is not None:
         common["encoder_reparameterization_type"] = common["encoder_reparameterization_type"].upper()
-    settings, word = options.pop("settings"), options.pop("method")
+    settings, word, config = options.pop("settings"), options.pop("method"), options.pop("config", None)
 
     def make() -> Any:
         from peftsurgery.commands.words import method_named
 
         said = needed or settings or any(value is not None for value in common.values())
-        return method_named(word, settings, common) if said else None
+        return method_named(word, settings, common, config) if said else None
 
     return make
 
@@ -101,8 +101,13 @@ def inspect_command(**options: Any) -> None:
     "--method",
     default="lora",
     show_default=True,
-    help="lora, prompt-tuning, p-tuning or prefix-tuning.",
+    help="lora, prompt-tuning, p-tuning, prefix-tuning, bottleneck or fusion.",
 )
+@click.option(
+    "--config",
+    help="bottleneck: pfeiffer, houlsby, parallel or scaled-parallel, which say its places too.",
+)
+@click.option("--adapters", metavar="A,B", help="fusion: the directories of the adapters that it fuses.")
 @word_options
 @setting_options
 @soft_options
@@ -123,19 +128,21 @@ def inspect_command(**options: Any) -> None:
 @click.option(
     "--dry-run", is_flag=True, help="Show what would be hit, per pattern and per layer; write nothing."
 )
-@click.option(
-    "--trust-remote-code", is_flag=True, help="Run the Python code that the model directory brings."
-)
+@trust_options
 @report_options
 def inject_command(**options: Any) -> None:
     """Write a fresh adapter for MODEL, which PEFT and peftsurgery load and train."""
     from peftsurgery.commands.inject import inject
-    from peftsurgery.commands.words import numbers
+    from peftsurgery.commands.words import config_named, numbers
 
-    flags, method = shown(options), chosen_method(options)
+    flags, config = shown(options), options["config"]
+    method = chosen_method(options)
     options["modules_to_save"] = options["modules_to_save"] or None
+    options["adapters"] = options["adapters"].split(",") if options["adapters"] else ()
 
     def call(listen: object) -> Any:
+        if config is not None and options["targets"] is None:
+            options["targets"] = config_named(config).targets
         options.update({name: numbers(options[name]) for name in ("rank_pattern", "alpha_pattern")})
         return inject(method=method(), **options)
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsurgery.adapter import Adapter
-from peftsurgery.commands.adapter_files import save_adapter
+from peftsurgery.commands import fusing
+from peftsurgery.commands.adapter_files import Adapters, save_adapter
 from peftsurgery.commands.report import Report
 from peftsurgery.commands.start_text import start_ids
 from peftsurgery.disk.locate import locate
@@ -70,9 +71,10 @@ def plan(
         _no_words("Virtual tokens have one place in every model: leave out targets and patterns.", *choices)
         return replace(soft.plan(model, method), modules_to_save=heads, bias=bias)
     if targets is None:
-        raise PlanError(
-            "No target was given. Name modules, e.g. `targets=['query', 'value']` or 'all-linear'."
+        words = (
+            "'output_adapter'" if isinstance(method, OutputMethod) else "['query', 'value'] or 'all-linear'"
         )
+        raise PlanError(f"No target was given. Say where, e.g. `targets={words}`.")
     query = Query.of(targets, exclude_modules, layers_to_transform, layers_pattern)
     patterns = {"r": rank_pattern, "lora_alpha": alpha_pattern}
     chosen = _sited(model, method, query, {name: keys for name, keys in patterns.items() if keys}, heads)
@@ -111,9 +113,11 @@ def inject(
     task: str | None = None,
     name: str | None = None,
     seed: int | None = None,
+    adapters: Adapters = (),
     trainable: bool = True,
     out: str | Path | None = None,
     dry_run: bool = False,
+    allow_pickle: bool = False,
     trust_remote_code: bool = False,
 ) -> nn.Module | Report:
     """Put a new adapter, or a trained one, on a live model; or write a fresh adapter for a model directory.
@@ -124,6 +128,8 @@ def inject(
     Args:
         method: the method (`LoRA(r=8)`), or an adapter from `load_adapter` or `remove`.
         name: what the adapter is called; its own name, or `default`.
+        adapters: the trained bottleneck adapters that an `AdapterFusion()` fuses, at their own places and
+            without their heads; `allow_pickle` reads a `.bin` among them.
         trainable: whether the adapter's parameters require gradients; `seed` makes fresh ones reproducible.
         dry_run: plan and report only.
 
@@ -132,29 +138,53 @@ def inject(
     """
     words = (exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern)
     if isinstance(method, Adapter):
-        _no_words(
-            "A trained adapter knows its sites: leave out targets, patterns and modules_to_save.",
-            targets,
-            modules_to_save,
-            *words,
-        )
+        _no_words("A trained adapter knows its sites: leave out all words.", targets, modules_to_save, *words)
         return surgery.inject(_live(model), replace(method, name=name or method.name), trainable=trainable)
     tree_of = _skeleton(model, task, trust_remote_code) if isinstance(model, str | Path) else model
-    named: dict[str, Any] = dict(zip(WORDS, words, strict=True))
-    chosen = plan(tree_of, method, targets, modules_to_save=modules_to_save, bias=bias, task=task, **named)
+    members = fusing.members(tree_of, method, adapters, allow_pickle)
+    said = dict(zip(WORDS, words, strict=True)) | {"modules_to_save": modules_to_save}
+    chosen = _chosen(tree_of, method, members, targets, said | {"bias": bias, "task": task})
     if dry_run:
         return _planned(chosen)
+    label = name or "default"
     if isinstance(model, str | Path):
-        return _written(model, tree_of, chosen, name or "default", seed, task, out, trust_remote_code)
-    ids = start_ids(tree_of, method)
-    fresh = surgery.fresh(tree_of, chosen, name or "default", seed, _peft_task(tree_of, task), ids=ids)
+        return _written(model, tree_of, chosen, members, label, seed, task, out, trust_remote_code)
+    fresh = _fresh(tree_of, chosen, members, label, seed, task)
     return surgery.graft(tree_of, fresh, trainable=trainable)
+
+
+def _fresh(
+    model: nn.Module,
+    chosen: Plan,
+    members: list[Adapter],
+    name: str,
+    seed: int | None,
+    word: str | None,
+    real: bool = False,
+) -> Adapter:
+    """A new adapter for the plan; a fusion's members bring their parameters."""
+    ids = start_ids(model, chosen.steps[0].method)
+    fresh = surgery.fresh(model, chosen, name, seed, _peft_task(model, word), ids=ids, real=real)
+    return fusing.filled(fresh, members)
+
+
+def _chosen(
+    model: nn.Module, method: Method, members: list[Adapter], targets: Words | None, said: dict[str, Any]
+) -> Plan:
+    """The plan of the words; that of a fusion goes where its members are."""
+    if not members:
+        return plan(model, method, targets, **said)
+    _no_words("A fusion goes where its adapters are: leave out targets.", targets)
+    steps = fusing.steps(method, members)
+    chosen = plan(model, next(iter(steps.values())).method, list(steps), **said)
+    return replace(chosen, steps=tuple(steps[site.name] for site in chosen.sites))
 
 
 def _written(
     model: str | Path,
     tree_of: nn.Module,
     chosen: Plan,
+    members: list[Adapter],
     name: str,
     seed: int | None,
     word: str | None,
@@ -176,14 +206,20 @@ def _written(
             fresh=chosen.modules_to_save,
             trust_remote_code=trust_remote_code,
         )
-    ids = start_ids(tree_of, method)
-    adapter = surgery.fresh(tree_of, chosen, name, seed, _peft_task(tree_of, word), ids=ids, real=True)
-    save_adapter(replace(adapter, base=str(model)), out)
+    adapter = replace(_fresh(tree_of, chosen, members, name, seed, word, real=True), base=str(model))
+    save_adapter(adapter, out, format="peft" if method.peft_type else "adapterhub")
     facts = {"sites": len(chosen.steps), "parameters": adapter.num_parameters, "out": str(out)}
-    folds = isinstance(method, WeightMethod)
-    then = f"merge {model} {out} -o merged" if folds else f"bake {out} -o baked --base {model}"
-    hint = f"train it with PEFT or peftsurgery, then `peftsurgery {then}`"
+    trainers = "PEFT or peftsurgery" if method.peft_type else "peftsurgery"
+    hint = f"train it with {trainers}, then `peftsurgery {_then(method, model, out)}`"
     return Report("inject", f"Wrote a fresh {chosen.steps[0].method.name} adapter.", facts, hint=hint)
+
+
+def _then(method: Method, model: str | Path, out: str | Path) -> str:
+    if isinstance(method, WeightMethod):
+        return f"merge {model} {out} -o merged"
+    if isinstance(method, TokenMethod):
+        return f"bake {out} -o baked --base {model}"
+    return f"export-onnx {model} --adapter {out} -o onnx"
 
 
 def _planned(chosen: Plan) -> Report:

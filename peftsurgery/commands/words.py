@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from peftsurgery.errors import PlanError, listing, nearest
 from peftsurgery.method import Method
-from peftsurgery.methods import METHODS
+from peftsurgery.methods import CONFIGS, METHODS, Config
 
 
-def method_named(word: str, settings: Iterable[str], common: Mapping[str, Any]) -> Method:
-    """The method that `--method`, `--set name=value` and the common flags say.
+def method_named(
+    word: str, settings: Iterable[str], common: Mapping[str, Any], config: str | None = None
+) -> Method:
+    """The method that `--method`, `--config`, `--set name=value` and the common flags say.
 
     Raises:
-        PlanError: no such method or hyper-parameter.
+        PlanError: no such method or hyper-parameter, or a configuration of another method.
     """
     if word not in METHODS:
         raise PlanError(f"{word!r} is no method. peftsurgery has {listing(list(METHODS))}.")
@@ -28,7 +30,27 @@ def method_named(word: str, settings: Iterable[str], common: Mapping[str, Any]) 
         if name not in known:
             near = listing(nearest(name, known)) or listing(known)
             raise PlanError(f"{word} has no hyper-parameter {name!r}. Nearest: {near}. Nothing was changed.")
-    return cls(**said)
+    if config is None:
+        return cls(**said)
+    start = config_named(config).method
+    if type(start) is not cls:
+        raise PlanError(
+            f"--config {config} is for bottlenecks. Add `--method bottleneck`; nothing was changed."
+        )
+    return replace(start, **said)
+
+
+def config_named(word: str) -> Config:
+    """A bottleneck and its places, by the word for them.
+
+    Raises:
+        PlanError: no such configuration.
+    """
+    if word not in CONFIGS:
+        raise PlanError(
+            f"{word!r} is no configuration. peftsurgery has {listing(list(CONFIGS), len(CONFIGS))}."
+        )
+    return CONFIGS[word]
 
 
 def numbers(settings: Iterable[str]) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from peftsurgery.method import Method
 from peftsurgery.methods.bottleneck import Bottleneck
+from peftsurgery.methods.configs import CONFIGS, Config
 from peftsurgery.methods.fusion import AdapterFusion
 from peftsurgery.methods.hard import HardPrompt
 from peftsurgery.methods.lora import LoRA
@@ -18,9 +19,11 @@ METHODS: Mapping[str, type[Method]] = {
 }
 
 __all__ = [
+    "CONFIGS",
     "METHODS",
     "AdapterFusion",
     "Bottleneck",
+    "Config",
     "HardPrompt",
     "LoRA",
     "PTuning",

@@ -32,6 +32,7 @@ class AdapterFusion(OutputMethod):
 
     Args:
         members: the adapters that are fused, by name. The last of them says what enters and what goes around.
+            Without any it fuses what `inject(…, adapters=…)` is given.
         query, key, value: whether there is such a map; what it maps enters as it is otherwise. One of the first
             two is needed.
         query_before_ln: the query is made of y and not of what enters the adapters.
@@ -44,7 +45,7 @@ class AdapterFusion(OutputMethod):
         dropout_prob: probability with which a score is dropped in training; None drops nothing.
 
     Raises:
-        PlanError: no member, a name that cannot be one, or a hyper-parameter out of its range.
+        PlanError: a name that cannot be a member's, or a hyper-parameter out of its range.
     """
 
     name: ClassVar[str] = "fusion"
@@ -64,11 +65,6 @@ class AdapterFusion(OutputMethod):
 
     def __post_init__(self) -> None:
         names = [name for name, _ in self.members]
-        if not names:
-            raise PlanError(
-                "A fusion needs adapters to fuse. "
-                "Try `AdapterFusion(members=(('a', Bottleneck()), ('b', Bottleneck())))`."
-            )
         wrong = [n for n in names if n in MAPS or names.count(n) > 1 or not re.fullmatch(r"[\w-]+", n)]
         if wrong:
             raise PlanError(
@@ -81,6 +77,9 @@ class AdapterFusion(OutputMethod):
             raise PlanError(f"temperature is {self.temperature} and is above 0. Leave it out for 1.")
         if not 0 <= (self.dropout_prob or 0.0) < 1:
             raise PlanError(f"dropout_prob is {self.dropout_prob} and lies in [0, 1). Leave it out for none.")
+
+    def check(self, site: Site) -> str | None:
+        return super().check(site) if self.members else "gets a fusion of nothing; give `adapters=[…]`"
 
     @property
     def is_final(self) -> bool:

@@ -36,7 +36,9 @@ def test_every_form(method: OutputMethod, tmp_path: Path) -> None:
             assert any(np.array_equal(stored, seen) for seen in (value.numpy(), value.T.numpy())), name
 
 
-@pytest.mark.parametrize("subject", [s for s in SUBJECTS if s.name in ("distilbert", "mpnet", "albert")], ids=str)
+@pytest.mark.parametrize(
+    "subject", [s for s in SUBJECTS if s.name in ("distilbert", "mpnet", "albert")], ids=str
+)
 def test_other_encoders(subject: OutputSubject, tmp_path: Path) -> None:
     adapter = trained(subject, FUSION)
     report = ps.export_onnx(subject.model(), adapters=adapter, out=tmp_path / "onnx", task="seq-cls")

@@ -273,7 +273,6 @@ def test_refused_bottlenecks(words: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        {"members": ()},
         {"members": (("query", Bottleneck()),)},
         {"members": (("a.b", Bottleneck()),)},
         {"members": (("a", Bottleneck()), ("a", Bottleneck()))},
@@ -286,6 +285,12 @@ def test_refused_bottlenecks(words: dict[str, Any]) -> None:
 def test_refused_fusions(words: dict[str, Any]) -> None:
     with pytest.raises(PlanError):
         AdapterFusion(**words)
+
+
+def test_a_fusion_of_nothing_is_put_nowhere() -> None:
+    reason = AdapterFusion().check(SITE)
+    assert reason is not None and "adapters=" in reason
+    assert AdapterFusion(MEMBERS).check(SITE) is None
 
 
 def test_an_output_has_no_weight_to_fold(tmp_path: Any) -> None:

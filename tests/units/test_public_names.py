@@ -11,7 +11,7 @@ from peftsurgery.cli import main
 from peftsurgery.flags import SETTINGS
 
 SHOWING = {"verbose", "quiet", "as_json"}
-SAYING_A_METHOD = {"settings", *SETTINGS}
+SAYING_A_METHOD = {"settings", "config", *SETTINGS}
 PYTHON_ONLY = {"listen", "trainable"}
 """Progress is drawn by the command line itself, and a directory has nothing that requires gradients."""
 
@@ -22,6 +22,7 @@ def test_public_names() -> None:
             "Adapter",
             "AdapterFusion",
             "Bottleneck",
+            "CONFIGS",
             "Event",
             "HardPrompt",
             "Kind",
