@@ -38,6 +38,9 @@ POSITIONS = ("position_embeddings", "wpe", "embed_positions")
 PER_TOKEN = ("ForTokenClassification", "ForMaskedLM", "ForCausalLM", "ForPreTraining", "LMHeadModel")
 """How the names of classes end whose labels are one per token."""
 
+PER_ROW = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+"""How the names of classes end that give one answer for a whole row."""
+
 POOLING = "score"
 """The head of decoders that classify by the last word which is no padding; encoders call theirs otherwise."""
 
@@ -172,6 +175,22 @@ def token_sites(model: nn.Module, kinds: Iterable[Kind]) -> tuple[Site, ...]:
         return (Site(place.embedding, Kind.TOKENS, tuple(table.shape), Layout.IN_OUT),)
     shape = _heads(model, place.family)
     return tuple(Site(name, Kind.ATTENTION, shape) for name in _attentions(model, place))
+
+
+def pooling_stack(model: nn.Module) -> str | None:
+    """The name of an encoder's layers, whose first token is pooled after them; None where none is.
+
+    A pooler stands beside the layers, or a head above them takes the first token itself.
+    """
+    trunk = str(getattr(model, "base_model_prefix", ""))
+    trunk = trunk if trunk in model._modules else ""
+    above = model.get_submodule(trunk)
+    averaged = getattr(getattr(model, "config", None), "classifier_pooling", "cls") != "cls"
+    pools = type(model).__name__.endswith(PER_ROW) or above._modules.get("pooler") is not None
+    if averaged or not pools:
+        return None
+    inside = next((name for name in ("encoder", "transformer") if name in above._modules), "")
+    return ".".join(name for name in (trunk, inside) if name) or None
 
 
 def position_limit(stack: nn.Module) -> int | None:

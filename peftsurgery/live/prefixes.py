@@ -29,6 +29,7 @@ from peftsurgery.live.tokens import (
     token_graft,
     widened,
 )
+from peftsurgery.reading import Reading
 
 SPENT = "_peftsurgery_spent"
 """Marks a cache that was made only to carry a prefix through one call without caching. Models give it back
@@ -136,13 +137,34 @@ class Shifted:
         return torch.arange(first, first + length, device=words.device).expand(rows, length)
 
 
-def hooks(model: nn.Module, place: Body, label: str, shape: tuple[int, ...]) -> tuple[tuple[str, Hook], ...]:
-    """The hooks of a prefix, by the module that each goes to; `shape` is (kv_heads, head_dim)."""
+def hooks(
+    model: nn.Module, place: Body, label: str, shape: tuple[int, ...], reading: Reading
+) -> tuple[tuple[str, Hook], ...]:
+    """The hooks of a prefix, by the module that each goes to; `shape` is (kv_heads, head_dim).
+
+    Raises:
+        PlanError: the model cannot be read so.
+    """
+    _check(model, place, reading)
     limit, below = position_limit(model.get_submodule(place.trunk)), embedding_below(model, place.trunk)
     if place.family is Family.ENCODER:
-        return ((place.trunk, Shifted(label, below, place.padding, limit)),)
+        shifted = ((place.trunk, Shifted(label, below, place.padding, limit)),)
+        return shifted if reading.position_shift else ()
     crossed = place.family is Family.ENCODER_DECODER
     return ((place.trunk, Cached(label, below, shape[0], shape[1], crossed, limit)),)
+
+
+def _check(model: nn.Module, place: Body, reading: Reading) -> None:
+    if reading.strip_virtual_outputs or reading.pool != "first":
+        raise PlanError(
+            "A prefix adds no tokens to the outputs and none to be pooled: strip_virtual_outputs and pool='cls' "
+            "are for prompts. Leave them out; nothing was changed."
+        )
+    if not reading.position_shift and place.family is not Family.ENCODER:
+        raise PlanError(
+            f"position_shift=False is for encoders: {type(model).__name__} keeps its prefix in the cache, whose "
+            "length says where words begin. Leave it out; nothing was changed."
+        )
 
 
 def _check_checkpointing(module: nn.Module) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftsurgery.live.anatomy import Body, Family, embedding_below, position_limit
+from peftsurgery.errors import PlanError
+from peftsurgery.live.anatomy import PER_ROW, Body, Family, embedding_below, pooling_stack, position_limit
+from peftsurgery.live.grafts import Graft
 from peftsurgery.live.swap import After, Hook
 from peftsurgery.live.tokens import (
     Call,
@@ -23,6 +26,10 @@ from peftsurgery.live.tokens import (
     token_graft,
     widened,
 )
+from peftsurgery.reading import Reading
+
+PER_TOKEN = ("last_hidden_state", "logits", "start_logits", "end_logits")
+"""The outputs of transformers' models that may have one value for every token."""
 
 Arguments = tuple[tuple[Any, ...], Call]
 
@@ -100,10 +107,11 @@ class Remembered:
 
 @dataclass(frozen=True, slots=True)
 class Stripped(After):
-    """Takes the prompt off what the layers of a classifying decoder give.
+    """Takes the prompt off every output that has a value for each token.
 
-    Its head finds the last word of every row by the input ids, which know of no prompt. (PEFT hides the ids
-    from it, and then takes the last position, padded or not.)
+    For the layers of a decoder that classifies this is always done: its head finds the last word of every row by
+    the input ids, which know of no prompt. (PEFT hides the ids from it, and then takes the last position, padded
+    or not.) Elsewhere it is `Reading.strip_virtual_outputs`.
 
     Args:
         label: the adapter.
@@ -117,15 +125,59 @@ class Stripped(After):
         graft = token_graft(module, self.embedding, self.label)
         if not graft.active or "inputs_embeds" not in kwargs:
             return None
-        words = output[0][:, graft.method.num_virtual_tokens :]
-        if isinstance(output, tuple):
-            return (words, *output[1:])
-        output["last_hidden_state"] = words
-        return output
+        return stripped(output, graft.method.num_virtual_tokens, kwargs["inputs_embeds"].shape[-2])
 
 
-def hooks(model: nn.Module, place: Body, label: str, count: int) -> tuple[tuple[str, Hook], ...]:
-    """The hooks of a prompt of `count` tokens, by the module that each goes to."""
+class Unpooled(Graft):
+    """The layers of an encoder, whose output leaves without the prompt: a pooler then reads the first word."""
+
+    def __init__(self, base: nn.Module, label: str, count: int) -> None:
+        super().__init__(base, label, Count(count))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output, own = self.base(*args, **kwargs), self.own
+        assert isinstance(own, Count)
+        return stripped(output, own.count) if self.active else output
+
+
+class Count(nn.Module):
+    """How many virtual tokens leave; no parameter."""
+
+    count: int
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def extra_repr(self) -> str:
+        return f"{self.count} virtual tokens"
+
+
+def stripped(output: Any, count: int, length: int | None = None) -> Any:
+    """A model's output without the first `count` of its values for each of `length` tokens."""
+    if isinstance(output, tuple):
+        return (*(_cut(value, count, length) for value in output[:2]), *output[2:])
+    for name in PER_TOKEN:
+        if output.get(name) is not None:
+            output[name] = _cut(output[name], count, length)
+    return output
+
+
+def _cut(value: Any, count: int, length: int | None) -> Any:
+    # A class's logits (batch, labels) and a pooler's output are not per token.
+    is_long = isinstance(value, Tensor) and (value.ndim == 3 or (value.ndim == 2 and value.shape[1] == length))
+    return value[:, count:] if is_long else value
+
+
+def hooks(
+    model: nn.Module, place: Body, label: str, count: int, reading: Reading
+) -> tuple[tuple[str, Hook], ...]:
+    """The hooks of a prompt of `count` tokens, by the module that each goes to.
+
+    Raises:
+        PlanError: the model cannot be read so.
+    """
+    _check(model, place, reading)
     limit = position_limit(model.get_submodule(place.memory))
     if place.family is Family.ENCODER_DECODER:
         prompted = Prompted(label, embedding_below(model, place.memory), limit)
@@ -137,4 +189,37 @@ def hooks(model: nn.Module, place: Body, label: str, count: int) -> tuple[tuple[
             (place.trunk, Prompted(label, below, limit, causal)),
             (place.trunk, Stripped(label, below)),
         )
-    return (("", Prompted(label, place.embedding, limit, causal, place.per_token)),)
+    own = ("", Prompted(label, place.embedding, limit, causal, place.per_token))
+    strips = reading.strip_virtual_outputs and reading.pool == "first"
+    return (own, ("", Stripped(label, place.embedding))) if strips else (own,)
+
+
+def grafts(
+    model: nn.Module, bases: Mapping[str, nn.Module], label: str, count: int, reading: Reading
+) -> dict[str, Graft]:
+    """What stands over the layers so that the first word is pooled; nothing where the prompt's is."""
+    if reading.pool == "first":
+        return {}
+    stack = pooling_stack(model)
+    assert stack is not None  # `hooks` has checked it
+    return {stack: Unpooled(bases[stack], label, count)}
+
+
+def _check(model: nn.Module, place: Body, reading: Reading) -> None:
+    name = type(model).__name__
+    if not reading.position_shift:
+        raise PlanError(
+            "position_shift=False is for prefixes on encoders: a prompt's tokens are words of the input, and "
+            "have positions as words do. Leave it out; nothing was changed."
+        )
+    if reading.pool == "cls" and (place.family is not Family.ENCODER or pooling_stack(model) is None):
+        raise PlanError(
+            f"pool='cls' is for encoders that pool their first token, and {name} does not. "
+            "Leave it out; nothing was changed."
+        )
+    one = place.family is Family.ENCODER_DECODER or place.pooled or name.endswith(PER_ROW)
+    if reading.strip_virtual_outputs and one and reading.pool == "first":
+        raise PlanError(
+            f"strip_virtual_outputs has nothing to strip from {name}: no output of it has the prompt's tokens. "
+            "Leave it out (`pool='cls'` lets a classifier read the first word); nothing was changed."
+        )

@@ -18,6 +18,7 @@ from peftsurgery.live.swap import Hook
 from peftsurgery.live.tokens import TokenGraft
 from peftsurgery.method import TokenMethod
 from peftsurgery.planning import Plan, Step
+from peftsurgery.reading import Reading
 from peftsurgery.site import Kind, Site
 
 
@@ -79,12 +80,13 @@ def fresh(
 
 
 def operation(
-    model: nn.Module, adapter: Adapter, bases: Mapping[str, nn.Module], trainable: bool
+    model: nn.Module, adapter: Adapter, bases: Mapping[str, nn.Module], trainable: bool, reading: Reading
 ) -> tuple[dict[str, Graft], str, tuple[tuple[str, Hook], ...]]:
     """The grafts by name, the name of their carrier and the hooks that put the adapter on the model.
 
     Args:
         bases: what stands at each name, replaced heads included.
+        reading: how the model reads the tokens.
 
     Raises:
         PlanError: there is a prefix on the model already, or no room for so many tokens.
@@ -92,17 +94,19 @@ def operation(
     place, method, at = body(model), method_of(adapter.plan), carrier_of(model, adapter.plan)
     assert method is not None and at is not None
     _check_room(model, method)
-    carrier = TokenGraft(bases[at], adapter.name, _theta(bases[at], adapter, method, trainable))
+    carrier = TokenGraft(bases[at], adapter.name, _theta(bases[at], adapter, method, trainable), reading)
     grafts: dict[str, Graft] = {at: carrier}
     if Kind.TOKENS in method.kinds:
-        return grafts, at, prompts.hooks(model, place, adapter.name, method.num_virtual_tokens)
+        count = method.num_virtual_tokens
+        hooks = prompts.hooks(model, place, adapter.name, count, reading)
+        return grafts | prompts.grafts(model, bases, adapter.name, count, reading), at, hooks
     _check_single(model)
     heads = adapter.plan.sites[0].shape
     if place.family is Family.ENCODER:
         for layer, site in enumerate(adapter.plan.sites):
             base = bases[site.name]
             grafts[site.name] = PrefixGraft(base, adapter.name, layer, carrier, (heads[0], heads[1]))
-    return grafts, at, prefixes.hooks(model, place, adapter.name, heads)
+    return grafts, at, prefixes.hooks(model, place, adapter.name, heads, reading)
 
 
 def taken(carrier: nn.Module, name: str) -> dict[str, Tensor]:
@@ -131,7 +135,8 @@ def named(model: nn.Module) -> tuple[tuple[str, ...], dict[str, Tensor]]:
 
 def count(model: nn.Module) -> int:
     """How many positions the virtual tokens on the model take."""
-    return sum(m.method.num_virtual_tokens for m in model.modules() if isinstance(m, TokenGraft) and m.active)
+    carriers = [m for m in model.modules() if isinstance(m, TokenGraft) and m.active]
+    return sum(m.method.num_virtual_tokens for m in carriers if m.reading.position_shift)
 
 
 def _tokens(model: nn.Module, carrier: TokenGraft) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from peftsurgery.live.sites import everywhere, sites, walk
 from peftsurgery.live.swap import Hook, hook, require_grad, swap, unhook
 from peftsurgery.method import WeightMethod
 from peftsurgery.planning import Plan, Step
+from peftsurgery.reading import AS_PEFT, Reading
 from peftsurgery.site import Kind, Site
 
 Replaced = Mapping[str, Mapping[str, Tensor]]
@@ -56,25 +57,31 @@ def fresh(
     return Adapter(plan, params, name, shared, _copies(modules, plan), task_type, base)
 
 
-def inject(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.Module:
+def inject(
+    model: nn.Module, adapter: Adapter, *, trainable: bool = True, reading: Reading = AS_PEFT
+) -> nn.Module:
     """Put `adapter` on the model: its sites grafted, its heads and biases in force, the base frozen.
 
     Args:
         trainable: whether the adapter's own parameters require gradients.
+        reading: how the model reads virtual tokens.
 
     Raises:
         AlreadyGrafted: an adapter of that name is on the model.
+        PlanError: the model cannot be read so.
         UnclaimedSites, MismatchedTensors, NonFiniteWeight: the adapter does not fit; nothing was changed.
     """
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)} if adapter.replaced else ()
     own, _ = rebased(check(adapter), [*sites(model), *_special(model, adapter.plan)], names)
     copied = {site: {name: p.clone() for name, p in params.items()} for site, params in own.params.items()}
     shared = {name: p.clone() for name, p in own.shared.items()}
-    return graft(model, replace(own, params=copied, shared=shared), trainable=trainable)
+    return graft(model, replace(own, params=copied, shared=shared), trainable=trainable, reading=reading)
 
 
 @collector_paused()
-def graft(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.Module:
+def graft(
+    model: nn.Module, adapter: Adapter, *, trainable: bool = True, reading: Reading = AS_PEFT
+) -> nn.Module:
     """`inject` for an adapter that was made for this very model (`fresh`), whose tensors it takes over.
 
     Raises:
@@ -84,7 +91,7 @@ def graft(model: nn.Module, adapter: Adapter, *, trainable: bool = True) -> nn.M
     modules = dict(walked)
     _check_name(model, adapter, modules)
     replaced = _by_module(adapter, modules)
-    grafts, carrier, hooks = _grafts(model, adapter, replaced, modules, trainable)
+    grafts, carrier, hooks = _grafts(model, adapter, replaced, modules, trainable, reading)
     base = (
         {} if chart(model).records else {name: p for name, p in model.named_parameters() if p.requires_grad}
     )
@@ -255,15 +262,24 @@ def _by_module(adapter: Adapter, modules: Mapping[str, nn.Module]) -> dict[str, 
 
 
 def _grafts(
-    model: nn.Module, adapter: Adapter, replaced: Replaced, modules: Mapping[str, nn.Module], trainable: bool
+    model: nn.Module,
+    adapter: Adapter,
+    replaced: Replaced,
+    modules: Mapping[str, nn.Module],
+    trainable: bool,
+    reading: Reading,
 ) -> tuple[dict[str, Graft], str | None, tuple[tuple[str, Hook], ...]]:
     """The new grafts by name and, for virtual tokens, the name of their carrier and their hooks."""
     grafts: dict[str, Graft] = {}
     for place, values in replaced.items():
         grafts[place] = StandIn(modules[place], adapter.name, values, trainable)
     if soft.method_of(adapter.plan) is not None:
-        own, carrier, hooks = soft.operation(model, adapter, {**modules, **grafts}, trainable)
+        own, carrier, hooks = soft.operation(model, adapter, {**modules, **grafts}, trainable, reading)
         return grafts | own, carrier, hooks
+    if reading != AS_PEFT:
+        raise PlanError(
+            f"`reading` is for virtual tokens, and {adapter.name!r} has none. Leave it out; nothing was changed."
+        )
     for step in adapter.plan.steps:
         place = step.site.name
         if step.site.kind is not Kind.OUTPUT:

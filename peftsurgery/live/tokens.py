@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftsurgery.errors import InputTooLong, PlanError
 from peftsurgery.live.grafts import Graft, Theta
 from peftsurgery.method import TokenMethod
+from peftsurgery.reading import AS_PEFT, Reading
 
 Call = dict[str, Any]
 """The arguments of a call by name."""
@@ -21,8 +22,11 @@ Call = dict[str, Any]
 class TokenGraft(Graft):
     """The word embeddings, wearing the parameters of virtual tokens; words are embedded as ever."""
 
-    def __init__(self, base: nn.Module, label: str, theta: Theta) -> None:
+    reading: Reading
+
+    def __init__(self, base: nn.Module, label: str, theta: Theta, reading: Reading = AS_PEFT) -> None:
         super().__init__(base, label, theta)
+        self.__dict__["reading"] = reading
 
     @property
     def theta(self) -> Theta:
