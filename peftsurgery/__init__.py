@@ -25,6 +25,7 @@ _HOMES = {
     "Plan": "planning",
     "PrefixTuning": "methods",
     "PromptTuning": "methods",
+    "Reading": "reading",
     "Report": "commands.report",
     "Site": "site",
     "Step": "planning",
@@ -64,6 +65,7 @@ __all__ = [
     "Plan",
     "PrefixTuning",
     "PromptTuning",
+    "Reading",
     "Report",
     "Site",
     "Step",
@@ -115,6 +117,7 @@ if TYPE_CHECKING:
         PTuning,
     )
     from peftsurgery.planning import Plan, Step
+    from peftsurgery.reading import Reading
     from peftsurgery.site import Kind, Layout, Site
 
 

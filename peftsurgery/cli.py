@@ -11,7 +11,9 @@ import click
 from peftsurgery import __version__
 from peftsurgery.errors import SurgeryError
 from peftsurgery.flags import (
+    READINGS,
     SETTINGS,
+    reading_options,
     report_options,
     setting_options,
     soft_options,
@@ -39,17 +41,29 @@ def chosen_method(options: dict[str, Any], *, needed: bool = True) -> Callable[[
     """Take what says a method out of the options; called, it makes the method, or None of no words."""
     common = {name: options.pop(name, None) for name in SETTINGS}
     common["prefix_projection"] = common["prefix_projection"] or None
-    if common["prompt_tuning_init_text"] is not None:
+    settings, word, config = options.pop("settings"), options.pop("method"), options.pop("config", None)
+    if common["prompt_tuning_init_text"] is not None and word != "hard-prompt":
         common["prompt_tuning_init"] = "TEXT"
     if common["encoder_reparameterization_type"] is not None:
         common["encoder_reparameterization_type"] = common["encoder_reparameterization_type"].upper()
-    settings, word, config = options.pop("settings"), options.pop("method"), options.pop("config", None)
 
     def make() -> Any:
         from peftsurgery.commands.words import method_named
 
         said = needed or settings or any(value is not None for value in common.values())
         return method_named(word, settings, common, config) if said else None
+
+    return make
+
+
+def chosen_reading(options: dict[str, Any]) -> Callable[[], Any]:
+    """Take what says a reading of virtual tokens out of the options; called, it makes the reading."""
+    words = {name: options.pop(name) for name in READINGS}
+
+    def make() -> Any:
+        from peftsurgery.commands.words import Reading
+
+        return Reading(**words)
 
     return make
 
@@ -101,7 +115,7 @@ def inspect_command(**options: Any) -> None:
     "--method",
     default="lora",
     show_default=True,
-    help="lora, prompt-tuning, p-tuning, prefix-tuning, bottleneck or fusion.",
+    help="lora, prompt-tuning, p-tuning, prefix-tuning, hard-prompt, bottleneck or fusion.",
 )
 @click.option(
     "--config",
@@ -216,14 +230,15 @@ def bake_command(**options: Any) -> None:
     "--no-verify", "verify", is_flag=True, default=True, flag_value=False, help="Do not compare with torch."
 )
 @click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32.")
+@reading_options
 @trust_options
 @report_options
 def export_onnx_command(**options: Any) -> None:
     """Export MODEL to ONNX, with adapters merged or factored, and verify it in ONNX Runtime."""
     from peftsurgery.commands.export_onnx import export_onnx
 
-    flags = shown(options)
-    run(flags, lambda listen: export_onnx(listen=listen, **options))
+    flags, said = shown(options), chosen_reading(options)
+    run(flags, lambda listen: export_onnx(listen=listen, reading=said(), **options))
 
 
 @main.command("verify")
@@ -239,11 +254,12 @@ def export_onnx_command(**options: Any) -> None:
 )
 @click.option("--task", help="The task, where the checkpoint does not say it.")
 @click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32.")
+@reading_options
 @trust_options
 @report_options
 def verify_command(**options: Any) -> None:
     """Run two models on the same inputs and compare; exit code 1 when they differ."""
     from peftsurgery.commands.verify import verify
 
-    flags = shown(options)
-    run(flags, lambda listen: verify(listen=listen, **options))
+    flags, said = shown(options), chosen_reading(options)
+    run(flags, lambda listen: verify(listen=listen, reading=said(), **options))

@@ -19,6 +19,10 @@ SETTINGS = (
 """The hyper-parameters that have a flag of their own."""
 
 
+READINGS = ("strip_virtual_outputs", "pool", "position_shift")
+"""The words of a reading of virtual tokens."""
+
+
 def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that every command has; they say how to show, never what to do."""
     for option in (
@@ -85,8 +89,40 @@ def soft_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.Choice(["mlp", "lstm"]),
             help="p-tuning: the encoder.",
         ),
-        click.option("--init-text", "prompt_tuning_init_text", help="prompt-tuning: start from this text."),
+        click.option(
+            "--init-text",
+            "prompt_tuning_init_text",
+            help="The text that a prompt starts from, or is.",
+        ),
         click.option("--num-virtual-tokens", type=int, help="How many tokens a prompt or a prefix has."),
+    ):
+        command = option(command)
+    return command
+
+
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how virtual tokens are read, where it is not as in PEFT."""
+    for option in (
+        click.option(
+            "--no-position-shift",
+            "position_shift",
+            is_flag=True,
+            default=True,
+            flag_value=False,
+            help="A prefix on an encoder: number the words from 0, as AdapterHub does.",
+        ),
+        click.option(
+            "--pool",
+            type=click.Choice(["first", "cls"]),
+            default="first",
+            show_default=True,
+            help="A prompt: what is pooled, the first virtual token or the first word.",
+        ),
+        click.option(
+            "--strip-virtual-outputs",
+            is_flag=True,
+            help="A prompt: outputs per token as long as the input.",
+        ),
     ):
         command = option(command)
     return command

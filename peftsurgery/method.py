@@ -215,6 +215,10 @@ class TokenMethod(Method):
             training: whether an encoder that has dropout drops.
         """
 
+    def halved(self) -> Self:
+        """The method for a model of two halves, encoder and decoder, where it keeps a table for each."""
+        return self
+
     @abstractmethod
     def baked(self) -> TokenMethod:
         """The method that holds these tokens as a mere table; itself when it does already."""

@@ -19,11 +19,13 @@ from peftsurgery.commands.fitting import common_task, labels
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.locate import locate
 from peftsurgery.disk.writer import staged, write_json
+from peftsurgery.errors import PlanError
 from peftsurgery.events import Event, Listener, ignore
 from peftsurgery.live import pretrained, soft, surgery
 from peftsurgery.live.active import canonical_name
 from peftsurgery.live.merge import merge as merge_live
-from peftsurgery.method import WeightMethod
+from peftsurgery.method import TokenMethod, WeightMethod
+from peftsurgery.reading import AS_PEFT, Reading
 from peftsurgery.tasks import task as task_named
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def export_onnx(
     opset: int = 20,
     verify: bool = True,
     tolerance: float | None = None,
+    reading: Reading = AS_PEFT,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -60,6 +63,7 @@ def export_onnx(
         task: the task; by default the adapter's, or what the checkpoint was saved for.
         verify: compare with torch on several batches and lengths, padded ones too.
         tolerance: the largest absolute difference allowed; by default the dtype's.
+        reading: how the graph reads virtual tokens, where it is not as in PEFT.
 
     Raises:
         UnsupportedModel: no export for this architecture or task.
@@ -67,7 +71,10 @@ def export_onnx(
         AdapterError, FoldError, CheckpointError, PlanError.
     """
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
-    with staged(Path(out)) as directory, operated(model, given, factored, task, trust_remote_code) as live:
+    with (
+        staged(Path(out)) as directory,
+        operated(model, given, factored, task, trust_remote_code, reading) as live,
+    ):
         signature = _write_graph(model, live, directory, task, opset, listen)
         listen(Event("export", "verifying", 2, 3))
         parity = _verified(live, signature, directory, tolerance) if verify else None
@@ -97,13 +104,19 @@ def _write_graph(
 
 @contextmanager
 def operated(
-    model: nn.Module | str | Path, adapters: list[Adapter], factored: bool, task: str | None, trust: bool
+    model: nn.Module | str | Path,
+    adapters: list[Adapter],
+    factored: bool,
+    task: str | None,
+    trust: bool,
+    reading: Reading = AS_PEFT,
 ) -> Iterator[nn.Module]:
     """The live model with the adapters merged or, factored, grafted; a live one is as before afterwards.
 
     Virtual tokens, bottlenecks and fusions have no weight to be merged into: they are grafted in either case,
     the tokens baked.
     """
+    _check_reading(adapters, reading)
     live = loaded(model, adapters, task, trust) if isinstance(model, str | Path) else model
     merged = [] if factored else [adapter for adapter in adapters if not _stays(adapter)]
     undo: list[Callable[[], object]] = []
@@ -111,7 +124,8 @@ def operated(
         if merged:
             undo.append(merge_live(live, *merged))
         for adapter in (adapter for adapter in adapters if adapter not in merged):
-            surgery.inject(live, bake(adapter), trainable=False)
+            way = reading if _has_tokens(adapter) else AS_PEFT
+            surgery.inject(live, bake(adapter), trainable=False, reading=way)
             undo.append(partial(surgery.remove, live, adapter.name))
         yield live
     finally:
@@ -122,6 +136,18 @@ def operated(
 def _stays(adapter: Adapter) -> bool:
     """Whether no merge absorbs it: virtual tokens, bottlenecks and their fusions."""
     return any(not isinstance(step.method, WeightMethod) for step in adapter.plan.steps)
+
+
+def _has_tokens(adapter: Adapter) -> bool:
+    return any(isinstance(step.method, TokenMethod) for step in adapter.plan.steps)
+
+
+def _check_reading(adapters: list[Adapter], reading: Reading) -> None:
+    if reading != AS_PEFT and not any(_has_tokens(adapter) for adapter in adapters):
+        raise PlanError(
+            "There are no virtual tokens to be read in another way. Name a prompt or a prefix (`--adapter DIR`), "
+            "or leave the way out; nothing was written."
+        )
 
 
 def loaded(model: str | Path, adapters: list[Adapter], task: str | None, trust: bool) -> nn.Module:

@@ -11,7 +11,7 @@ from peftsurgery.adapter import Adapter
 from peftsurgery.commands import fusing
 from peftsurgery.commands.adapter_files import Adapters, save_adapter
 from peftsurgery.commands.report import Report
-from peftsurgery.commands.start_text import start_ids
+from peftsurgery.commands.start_text import spelled, start_ids
 from peftsurgery.disk.locate import locate
 from peftsurgery.errors import PlanError, listing
 from peftsurgery.live import anatomy, pretrained, soft, surgery
@@ -20,6 +20,7 @@ from peftsurgery.live.sublayers import output_sites
 from peftsurgery.method import Method, OutputMethod, TokenMethod, WeightMethod
 from peftsurgery.planning import Plan, by_pattern
 from peftsurgery.planning import plan as make_plan
+from peftsurgery.reading import AS_PEFT, Reading
 from peftsurgery.select import Layers, Query, Word
 from peftsurgery.tasks import Task, task_of
 from peftsurgery.tasks import task as task_named
@@ -115,6 +116,7 @@ def inject(
     seed: int | None = None,
     adapters: Adapters = (),
     trainable: bool = True,
+    reading: Reading = AS_PEFT,
     out: str | Path | None = None,
     dry_run: bool = False,
     allow_pickle: bool = False,
@@ -131,6 +133,7 @@ def inject(
         adapters: the trained bottleneck adapters that an `AdapterFusion()` fuses, at their own places and
             without their heads; `allow_pickle` reads a `.bin` among them.
         trainable: whether the adapter's parameters require gradients; `seed` makes fresh ones reproducible.
+        reading: how a live model reads virtual tokens, where it is not as in PEFT.
         dry_run: plan and report only.
 
     Raises:
@@ -139,8 +142,10 @@ def inject(
     words = (exclude_modules, layers_to_transform, layers_pattern, rank_pattern, alpha_pattern)
     if isinstance(method, Adapter):
         _no_words("A trained adapter knows its sites: leave out all words.", targets, modules_to_save, *words)
-        return surgery.inject(_live(model), replace(method, name=name or method.name), trainable=trainable)
+        own = replace(method, name=name or method.name)
+        return surgery.inject(_live(model), own, trainable=trainable, reading=reading)
     tree_of = _skeleton(model, task, trust_remote_code) if isinstance(model, str | Path) else model
+    method = spelled(tree_of, method)
     members = fusing.members(tree_of, method, adapters, allow_pickle)
     said = dict(zip(WORDS, words, strict=True)) | {"modules_to_save": modules_to_save}
     chosen = _chosen(tree_of, method, members, targets, said | {"bias": bias, "task": task})
@@ -150,7 +155,7 @@ def inject(
     if isinstance(model, str | Path):
         return _written(model, tree_of, chosen, members, label, seed, task, out, trust_remote_code)
     fresh = _fresh(tree_of, chosen, members, label, seed, task)
-    return surgery.graft(tree_of, fresh, trainable=trainable)
+    return surgery.graft(tree_of, fresh, trainable=trainable, reading=reading)
 
 
 def _fresh(

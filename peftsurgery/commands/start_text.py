@@ -1,4 +1,4 @@
-"""The token ids of the text that virtual tokens start from."""
+"""The token ids of the text that virtual tokens start from, or are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from peftsurgery.disk.locate import locate
 from peftsurgery.errors import CheckpointError, PlanError
 from peftsurgery.method import Method, TokenMethod
+from peftsurgery.methods import HardPrompt
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,11 +34,29 @@ def start_ids(model: nn.Module, method: Method) -> list[int]:
     return _ids(str(named), method.start_text)
 
 
-def _ids(named: str, text: str) -> list[int]:
+def spelled(model: nn.Module, method: Method) -> Method:
+    """A hard prompt with the ids of its text in its place; any other method as it is.
+
+    Raises:
+        PlanError: there is no tokenizer, or it makes nothing of the text.
+    """
+    if not isinstance(method, HardPrompt) or method.prompt_tuning_init_text is None:
+        return method
+    named = getattr(model.config, "name_or_path", None)
+    if not named:
+        raise PlanError(
+            "A hard prompt's text needs a tokenizer, and the model does not say where its own is. Give the ids: "
+            "`HardPrompt(tuple(tokenizer(TEXT, add_special_tokens=False).input_ids))`."
+        )
+    return method.spelled(_ids(str(named), method.prompt_tuning_init_text, special=False))
+
+
+def _ids(named: str, text: str, special: bool = True) -> list[int]:
     from transformers import AutoTokenizer
 
     try:
-        return list(AutoTokenizer.from_pretrained(_directory(named))(text)["input_ids"])
+        tokenizer = AutoTokenizer.from_pretrained(_directory(named))
+        return list(tokenizer(text, add_special_tokens=special)["input_ids"])
     except (CheckpointError, OSError, ValueError) as error:
         raise PlanError(
             f"There is no tokenizer in {named!r} to read the start text with. "

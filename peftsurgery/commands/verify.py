@@ -14,6 +14,7 @@ from peftsurgery.commands.export_onnx import loaded, operated, parity_table, sig
 from peftsurgery.commands.report import Report
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Event, Listener, ignore
+from peftsurgery.reading import AS_PEFT, Reading
 
 if TYPE_CHECKING:
     from torch import nn
@@ -30,6 +31,7 @@ def verify(
     weight: Sequence[float] = (),
     task: str | None = None,
     tolerance: float | None = None,
+    reading: Reading = AS_PEFT,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -45,6 +47,7 @@ def verify(
         weight: a factor for each adapter's effect.
         task: the task, where the files do not say it.
         tolerance: the largest absolute difference allowed; by default that of the wider-rounding dtype.
+        reading: how `against` reads virtual tokens, where it is not as in PEFT.
 
     Raises:
         ParityError: they differ by more; it says at which output and by how much.
@@ -59,7 +62,8 @@ def verify(
         )
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
     listen(Event("verify", "loading", 0, 2))
-    found = parity.check(_compared(model, against, given, task, tolerance, trust_remote_code, listen))
+    worn = (given, task, trust_remote_code, reading)
+    found = parity.check(_compared(model, against, worn, tolerance, listen))
     facts = {
         "model": _said(model),
         "against": _said(against),
@@ -72,15 +76,14 @@ def verify(
 def _compared(
     model: nn.Module | str | Path,
     against: nn.Module | str | Path,
-    given: list[Adapter],
-    task: str | None,
+    worn: tuple[list[Adapter], str | None, bool, Reading],
     tolerance: float | None,
-    trust_remote_code: bool,
     listen: Listener,
 ) -> Parity:
     from peftsurgery.graph import parity
 
-    with operated(against, given, True, task, trust_remote_code) as reference:
+    given, task, trust_remote_code, reading = worn
+    with operated(against, given, True, task, trust_remote_code, reading) as reference:
         said, dtype = signature_of(reference, task), _dtype(reference)
         runner, other = _runner(model, said, trust_remote_code)
         widest = max(parity.tolerance(dtype), parity.tolerance(other))

@@ -10,6 +10,7 @@ from typing import Any
 from peftsurgery.errors import PlanError, listing, nearest
 from peftsurgery.method import Method
 from peftsurgery.methods import CONFIGS, METHODS, Config
+from peftsurgery.reading import Reading
 
 
 def method_named(
@@ -71,3 +72,6 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError:
         return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+__all__ = ["Reading", "config_named", "method_named", "numbers"]

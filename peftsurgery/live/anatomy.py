@@ -186,11 +186,11 @@ def pooling_stack(model: nn.Module) -> str | None:
     trunk = trunk if trunk in model._modules else ""
     above = model.get_submodule(trunk)
     averaged = getattr(getattr(model, "config", None), "classifier_pooling", "cls") != "cls"
-    pools = type(model).__name__.endswith(PER_ROW) or above._modules.get("pooler") is not None
-    if averaged or not pools:
+    if averaged:
         return None
-    inside = next((name for name in ("encoder", "transformer") if name in above._modules), "")
-    return ".".join(name for name in (trunk, inside) if name) or None
+    if above._modules.get("pooler") is not None:
+        return f"{trunk}.encoder" if trunk else "encoder"
+    return trunk or None if type(model).__name__.endswith(PER_ROW) else None
 
 
 def position_limit(stack: nn.Module) -> int | None:

@@ -123,9 +123,11 @@ class Stripped(After):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Call, output: Any) -> Any:
         graft = token_graft(module, self.embedding, self.label)
-        if not graft.active or "inputs_embeds" not in kwargs:
-            return None
-        return stripped(output, graft.method.num_virtual_tokens, kwargs["inputs_embeds"].shape[-2])
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        is_first = embeds is not None and (mask is None or mask.shape[-1] == embeds.shape[-2])
+        if not graft.active or embeds is None or not is_first:
+            return None  # on a cached step the prompt is in the cache
+        return stripped(output, graft.method.num_virtual_tokens, embeds.shape[-2])
 
 
 class Unpooled(Graft):
@@ -164,8 +166,10 @@ def stripped(output: Any, count: int, length: int | None = None) -> Any:
 
 
 def _cut(value: Any, count: int, length: int | None) -> Any:
-    # A class's logits (batch, labels) and a pooler's output are not per token.
-    is_long = isinstance(value, Tensor) and (value.ndim == 3 or (value.ndim == 2 and value.shape[1] == length))
+    # Pooled outputs are not per token, and `generate` asks for the last logits only.
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return value
+    is_long = value.ndim == 3 if length is None else value.shape[1] == length
     return value[:, count:] if is_long else value
 
 

@@ -29,6 +29,7 @@ def plan(model: nn.Module, method: TokenMethod) -> Plan:
         PlanError: the model has no place for them, or not for so many.
     """
     _check_room(model, method)
+    method = method.halved() if body(model).family is Family.ENCODER_DECODER else method
     return Plan(tuple(Step(site, method) for site in token_sites(model, method.kinds)))
 
 

@@ -23,9 +23,11 @@ class HardPrompt(TokenMethod):
 
     Args:
         ids: the token ids.
+        prompt_tuning_init_text: the text instead; `inject` reads it with the base's tokenizer, without the
+            special tokens of a whole input, and puts its ids in its place.
 
     Raises:
-        PlanError: there are none.
+        PlanError: neither or both are given; or a question that the ids answer, while there is only a text.
     """
 
     name: ClassVar[str] = "hard-prompt"
@@ -33,17 +35,28 @@ class HardPrompt(TokenMethod):
     kinds: ClassVar[frozenset[Kind]] = frozenset({Kind.TOKENS})
     trainable: ClassVar[bool] = False
 
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] = ()
+    prompt_tuning_init_text: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.ids:
-            raise PlanError(
-                "A hard prompt has at least one token. Try `HardPrompt(tuple(tokenizer(TEXT).input_ids))`."
-            )
         object.__setattr__(self, "ids", tuple(self.ids))
+        if bool(self.ids) == bool(self.prompt_tuning_init_text):
+            raise PlanError(
+                "A hard prompt is a text or its token ids, at least one and not both. "
+                "Try `HardPrompt(prompt_tuning_init_text='Is it a complaint?')`."
+            )
+
+    def spelled(self, ids: Sequence[int]) -> HardPrompt:
+        """The prompt of the ids that a tokenizer made of its text."""
+        return HardPrompt(tuple(ids))
 
     @property
     def num_virtual_tokens(self) -> int:
+        if not self.ids:
+            raise PlanError(
+                "A hard prompt's text is words until a tokenizer reads them. Call `inject(MODEL, …)` with it, or "
+                "give the ids: `HardPrompt(tuple(tokenizer(TEXT, add_special_tokens=False).input_ids))`."
+            )
         return len(self.ids)
 
     @property

@@ -7,9 +7,9 @@ of an LSTM over E. The layers and the names of the parameters are those of PEFT'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -107,6 +107,9 @@ class PTuning(TokenMethod):
         for layer in range(0, last, 2):
             x = relu(linear(x, p[f"{HEAD}.{layer}.weight"], p[f"{HEAD}.{layer}.bias"]))
         return linear(x, p[f"{HEAD}.{last}.weight"], p[f"{HEAD}.{last}.bias"])[0]
+
+    def halved(self) -> Self:
+        return replace(self, num_transformer_submodules=2)
 
     def baked(self) -> PromptTuning:
         return PromptTuning(self.num_virtual_tokens, self.num_transformer_submodules)

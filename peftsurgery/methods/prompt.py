@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -93,6 +93,9 @@ class PromptTuning(TokenMethod):
 
     def tokens(self, p: Params, *, training: bool = False) -> Tensor:
         return p[TABLE]
+
+    def halved(self) -> Self:
+        return replace(self, num_transformer_submodules=2)
 
     def baked(self) -> PromptTuning:
         return self

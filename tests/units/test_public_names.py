@@ -8,12 +8,13 @@ import pytest
 
 import peftsurgery as ps
 from peftsurgery.cli import main
-from peftsurgery.flags import SETTINGS
+from peftsurgery.flags import READINGS, SETTINGS
 
 SHOWING = {"verbose", "quiet", "as_json"}
 SAYING_A_METHOD = {"settings", "config", *SETTINGS}
-PYTHON_ONLY = {"listen", "trainable"}
-"""Progress is drawn by the command line itself, and a directory has nothing that requires gradients."""
+PYTHON_ONLY = {"listen", "trainable", "reading"}
+"""Progress is drawn by the command line itself, and a directory has nothing that requires gradients.
+A reading is said by flags of its own."""
 
 
 def test_public_names() -> None:
@@ -33,6 +34,7 @@ def test_public_names() -> None:
             "Plan",
             "PrefixTuning",
             "PromptTuning",
+            "Reading",
             "Report",
             "Site",
             "Step",
@@ -70,6 +72,8 @@ def test_a_command_takes_what_its_function_takes(word: str) -> None:
     function = getattr(ps, word.replace("-", "_"))
     wanted = set(inspect.signature(function).parameters) - PYTHON_ONLY
     options = {parameter.name for parameter in main.commands[word].params} - SHOWING
+    if "reading" in inspect.signature(function).parameters:
+        options -= set(READINGS)
     if "method" in options:
         options -= SAYING_A_METHOD
     assert options == wanted
