@@ -54,8 +54,10 @@ def load(directory: Path) -> Classifier:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.enable_padding(pad_id=config.get("pad_token_id") or 0)
-    tokenizer.enable_truncation(config["max_position_embeddings"])
     session = ort.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
+    # Less than the model's positions where virtual tokens take some of them.
+    longest = session.get_modelmeta().custom_metadata_map["peftsurgery.longest"]
+    tokenizer.enable_truncation(int(longest))
     labels = {int(number): label for number, label in config["id2label"].items()}
     return Classifier(session, tokenizer, tuple(labels[number] for number in sorted(labels)))
 

@@ -9,8 +9,11 @@ from typing import Any
 
 from peftsurgery.errors import PlanError, listing, nearest
 from peftsurgery.method import Method
-from peftsurgery.methods import CONFIGS, METHODS, Config
+from peftsurgery.methods import CONFIGS, METHODS, Config, HardPrompt
 from peftsurgery.reading import Reading
+
+WORDS = {**METHODS, HardPrompt.name: HardPrompt}
+"""What can be said: the methods of the files, and one that is written as another."""
 
 
 def method_named(
@@ -21,9 +24,9 @@ def method_named(
     Raises:
         PlanError: no such method or hyper-parameter, or a configuration of another method.
     """
-    if word not in METHODS:
-        raise PlanError(f"{word!r} is no method. peftsurgery has {listing(list(METHODS))}.")
-    cls = METHODS[word]
+    if word not in WORDS:
+        raise PlanError(f"{word!r} is no method. peftsurgery has {listing(list(WORDS), len(WORDS))}.")
+    cls = WORDS[word]
     known = [field.name for field in fields(cls)]
     said = {name: value for name, value in common.items() if value is not None}
     said |= {name: _value(text) for name, text in _pairs(settings)}

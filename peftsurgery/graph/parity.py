@@ -151,8 +151,14 @@ def _rows(
         if a.shape != b.shape:
             yield Row(port.name, batch, length, np.inf, np.inf, None)
             continue
-        apart = _apart(a, b)[mask] if port.per_token else _apart(a, b)
-        yield Row(port.name, batch, length, float(apart.max()), float(apart.mean()), _top1(a, b, port, mask))
+        seen = _widened(mask, a) if port.per_token else mask
+        apart = _apart(a, b)[seen] if port.per_token else _apart(a, b)
+        yield Row(port.name, batch, length, float(apart.max()), float(apart.mean()), _top1(a, b, port, seen))
+
+
+def _widened(mask: Array, output: Array) -> Array:
+    """The mask with virtual tokens in front, which every row attends to, where the output has them."""
+    return np.pad(mask, ((0, 0), (output.shape[1] - mask.shape[1], 0)), constant_values=True)
 
 
 def _apart(a: Array, b: Array) -> Array:

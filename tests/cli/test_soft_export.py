@@ -11,7 +11,13 @@ import onnx
 import pytest
 import torch
 from click.testing import Result
-from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 import peftsurgery as ps
 from fixtures.minilm import minilm_path
@@ -118,3 +124,86 @@ def test_a_prefix_of_zeros_keeps_its_names(tmp_path: Path) -> None:
     assert {"prefix.0.key", "prefix.0.value", "prefix.1.key", "prefix.1.value"} <= names(
         tmp_path / "onnx" / "model.onnx"
     ).keys()
+
+
+@pytest.mark.parametrize(
+    ("task", "adapter", "words", "reading"),
+    [
+        (
+            "feature-extraction",
+            "prompt",
+            ("--strip-virtual-outputs",),
+            ps.Reading(strip_virtual_outputs=True),
+        ),
+        ("seq-cls", "prompt", ("--pool", "cls"), ps.Reading(pool="cls")),
+        ("seq-cls", "prefix", ("--no-position-shift",), ps.Reading(position_shift=False)),
+    ],
+)
+def test_a_reading_goes_into_the_graph(
+    run: Run,
+    bert: Path,
+    tmp_path: Path,
+    task: str,
+    adapter: str,
+    words: tuple[str, ...],
+    reading: ps.Reading,
+) -> None:
+    method = f"{adapter}-tuning"
+    fresh = ("--method", method, "--num-virtual-tokens", 5, "--seed", 1, "--task", task)
+    made = run("inject", bert, *fresh, "-o", tmp_path / "a")
+    assert made.exit_code == 0, made.output
+    asked = ("--adapter", tmp_path / "a", "--task", task, *words)
+    done = run("export-onnx", bert, *asked, "-o", tmp_path / "onnx", "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["parity"]["max_abs_diff"] <= 1e-4
+    compared = run("verify", tmp_path / "onnx", "--against", bert, *asked)
+    assert compared.exit_code == 0, compared.output
+    lengths = {name: value.shape[1] for name, value in _ran(tmp_path / "onnx").items() if value.ndim == 3}
+    assert set(lengths.values()) <= {7}
+    assert bool(lengths) == (task == "feature-extraction")
+    plain = run("export-onnx", bert, *asked[:4], "-o", tmp_path / "plain", "--json")
+    assert plain.exit_code == 0, plain.output
+    assert any(
+        ours.shape != pefts.shape or np.abs(ours - pefts).max() > 1e-4
+        for ours, pefts in zip(
+            _ran(tmp_path / "onnx").values(), _ran(tmp_path / "plain").values(), strict=True
+        )
+    )
+
+
+def _ran(directory: Path) -> dict[str, np.ndarray]:
+    ids = np.arange(14, dtype=np.int64).reshape(2, 7) + 3
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return dict(Session(directory / "model.onnx", ["cpu"])(feeds))
+
+
+def test_a_reading_without_virtual_tokens_is_refused(run: Run, bert: Path, tmp_path: Path) -> None:
+    done = run("export-onnx", bert, "--pool", "cls", "-o", tmp_path / "onnx")
+    assert done.exit_code == 1
+    assert "no virtual tokens" in done.stderr
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_a_hard_prompt_is_words_in_front(run: Run, tmp_path: Path) -> None:
+    """The graph with the prompt, on the words, gives what the base gives on prompt and words together."""
+    text, base = "is it a complaint ?", minilm_path()
+    made = run("inject", base, "--method", "hard-prompt", "--init-text", text, "-o", tmp_path / "hard")
+    assert made.exit_code == 0, made.output
+    exported = run("export-onnx", base, "--adapter", tmp_path / "hard", "-o", tmp_path / "onnx")
+    assert exported.exit_code == 0, exported.output
+    words = AutoTokenizer.from_pretrained(base)
+    front = words(text, add_special_tokens=False)["input_ids"]
+    ids = np.array([words("The parcel never came.")["input_ids"]])
+    feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    ours = Session(tmp_path / "onnx" / "model.onnx", ["cpu"])(feeds)["last_hidden_state"]
+    with torch.no_grad():
+        expected = AutoModel.from_pretrained(base)(torch.tensor([[*front, *ids[0]]])).last_hidden_state
+    assert np.abs(ours - expected.numpy()).max() <= 1e-4
+    assert ps.load_adapter(tmp_path / "hard").plan.steps[0].method == ps.PromptTuning(len(front))
+
+
+def test_a_hard_prompt_without_a_tokenizer_is_refused(run: Run, bert: Path, tmp_path: Path) -> None:
+    made = run("inject", bert, "--method", "hard-prompt", "--init-text", "is it ?", "-o", tmp_path / "hard")
+    assert made.exit_code == 1
+    assert "no tokenizer" in made.stderr
+    assert not (tmp_path / "hard").exists()

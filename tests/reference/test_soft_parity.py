@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -160,7 +161,7 @@ def test_other_heads(head: str, word: str) -> None:
     mine, theirs = both(build, word, task)
     family = "decoder" if head == "decoder-classes" else "encoder"
     call = next(subject for subject in SUBJECTS if subject.family == family).inputs()
-    if task == "TOKEN_CLS":  # elsewhere PEFT drops the token types; ours stay
+    if task in ("SEQ_CLS", "TOKEN_CLS"):  # for other tasks PEFT drops the token types; ours stay
         call["token_type_ids"] = call["input_ids"] % 2
     results = [model(**call) for model in (mine, theirs)]
     for name in outputs:
@@ -184,3 +185,21 @@ def test_what_peft_refuses_is_still_refused(name: str, word: str) -> None:
     subject = next(subject for subject in SUBJECTS if subject.name == name)
     with pytest.raises(ValueError, match="past key values"):
         peft.get_peft_model(subject.model(), config(word, "SEQ_CLS", name))(**subject.inputs())
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize(
+    "method", [ps.PromptTuning(N), ps.PTuning(N, encoder_hidden_size=16)], ids=["prompt", "p"]
+)
+@torch.no_grad()
+def test_a_fresh_prompt_has_a_table_for_each_half(
+    name: str, method: ps.PromptTuning | ps.PTuning, tmp_path: Path
+) -> None:
+    subject = next(subject for subject in SUBJECTS if subject.name == name)
+    mine = ps.inject(subject.model(), method, seed=1)
+    given = subject.run(mine)
+    adapter = ps.remove(mine, "default")
+    ps.save_adapter(adapter, tmp_path / "a")
+    assert adapter.plan.steps[0].method.baked().num_transformer_submodules == 2
+    theirs = peft.PeftModel.from_pretrained(subject.model(), tmp_path / "a").eval()
+    assert gap(given, subject.run(theirs)) <= TOLERANCE
