@@ -12,7 +12,7 @@ from peftsurgery.method import Method
 from peftsurgery.methods import CONFIGS, METHODS, Config, HardPrompt
 from peftsurgery.reading import Reading
 
-WORDS = {**METHODS, HardPrompt.name: HardPrompt}
+WORDS: Mapping[str, type[Method]] = {**METHODS, HardPrompt.name: HardPrompt}
 """What can be said: the methods of the files, and one that is written as another."""
 
 
