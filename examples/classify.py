@@ -56,8 +56,9 @@ def load(directory: Path) -> Classifier:
     tokenizer.enable_padding(pad_id=config.get("pad_token_id") or 0)
     session = ort.InferenceSession(directory / "model.onnx", providers=["CPUExecutionProvider"])
     # Less than the model's positions where virtual tokens take some of them.
-    longest = session.get_modelmeta().custom_metadata_map["peftsurgery.longest"]
-    tokenizer.enable_truncation(int(longest))
+    longest = int(session.get_modelmeta().custom_metadata_map["peftsurgery.longest"])
+    if longest:  # 0 says that there is no bound
+        tokenizer.enable_truncation(longest)
     labels = {int(number): label for number, label in config["id2label"].items()}
     return Classifier(session, tokenizer, tuple(labels[number] for number in sorted(labels)))
 

@@ -214,15 +214,20 @@ def _written(
     adapter = replace(_fresh(tree_of, chosen, members, name, seed, word, real=True), base=str(model))
     save_adapter(adapter, out, format="peft" if method.peft_type else "adapterhub")
     facts = {"sites": len(chosen.steps), "parameters": adapter.num_parameters, "out": str(out)}
-    trainers = "PEFT or peftsurgery" if method.peft_type else "peftsurgery"
-    hint = f"train it with {trainers}, then `peftsurgery {_then(method, model, out)}`"
+    hint = f"{_first(method)}`peftsurgery {_then(method, model, out)}`"
     return Report("inject", f"Wrote a fresh {chosen.steps[0].method.name} adapter.", facts, hint=hint)
+
+
+def _first(method: Method) -> str:
+    if isinstance(method, TokenMethod) and not method.trainable:
+        return "there is nothing to train: "
+    return f"train it with {'PEFT or peftsurgery' if method.peft_type else 'peftsurgery'}, then "
 
 
 def _then(method: Method, model: str | Path, out: str | Path) -> str:
     if isinstance(method, WeightMethod):
         return f"merge {model} {out} -o merged"
-    if isinstance(method, TokenMethod):
+    if isinstance(method, TokenMethod) and method.trainable:
         return f"bake {out} -o baked --base {model}"
     return f"export-onnx {model} --adapter {out} -o onnx"
 

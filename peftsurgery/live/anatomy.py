@@ -32,6 +32,9 @@ CAUSAL = ("self_attn", "attn", "SelfAttention", "self_attention", "attention")
 SKIPS_PADDING = frozenset({"roberta", "xlm-roberta", "camembert", "mpnet"})
 """Encoders that number only the tokens that are no padding, from `padding_idx` + 1 on."""
 
+RELATIVE = frozenset({"deberta-v2"})
+"""Encoders that number no word, unless they have a table of positions: only distances count there."""
+
 POSITIONS = ("position_embeddings", "wpe", "embed_positions")
 """The names of tables of learned positions."""
 
@@ -201,6 +204,12 @@ def position_limit(stack: nn.Module) -> int | None:
             padding = -1 if root.padding_idx is None else root.padding_idx
             return root.num_embeddings - int(getattr(root, "offset", padding + 1))
     return None
+
+
+def numbers_words(model: nn.Module, stack: str) -> bool:
+    """Whether the words of an encoder have positions, so that it matters from where they are numbered."""
+    config: Any = model.config
+    return config.model_type not in RELATIVE or position_limit(model.get_submodule(stack)) is not None
 
 
 def _attentions(model: nn.Module, place: Body) -> list[str]:

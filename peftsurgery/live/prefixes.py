@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.errors import PlanError
-from peftsurgery.live.anatomy import Body, Family, embedding_below, position_limit
+from peftsurgery.live.anatomy import Body, Family, embedding_below, numbers_words, position_limit
 from peftsurgery.live.prompts import Arguments
 from peftsurgery.live.swap import Hook
 from peftsurgery.live.tokens import (
@@ -164,6 +164,11 @@ def _check(model: nn.Module, place: Body, reading: Reading) -> None:
         raise PlanError(
             f"position_shift=False is for encoders: {type(model).__name__} keeps its prefix in the cache, whose "
             "length says where words begin. Leave it out; nothing was changed."
+        )
+    if not reading.position_shift and not numbers_words(model, place.trunk):
+        raise PlanError(
+            f"position_shift=False changes nothing in {type(model).__name__}: its words have distances and no "
+            "positions. Leave it out; nothing was changed."
         )
 
 

@@ -31,6 +31,9 @@ from peftsurgery.reading import Reading
 PER_TOKEN = ("last_hidden_state", "logits", "start_logits", "end_logits")
 """The outputs of transformers' models that may have one value for every token."""
 
+ANSWERS = ("start_positions", "end_positions")
+"""Labels that number a token of the output: where that is stripped, of the words."""
+
 Arguments = tuple[tuple[Any, ...], Call]
 
 
@@ -39,7 +42,8 @@ class Prompted:
     """Puts the prompt in front of the input of a module; on a cached step the prompt is in the cache already.
 
     As in PEFT, positions that the caller gave are dropped, for the prompt shifts them; token types of the
-    prompt are 0, and a language model gets none; the outputs are n tokens longer than the input.
+    prompt are 0, and a language model gets none; the outputs are n tokens longer than the input. Where
+    they are stripped, labels that number tokens count the words alone.
 
     Args:
         label: the adapter.
@@ -82,6 +86,8 @@ class Prompted:
             call["token_type_ids"] = widened(call["token_type_ids"], count, 0)
         if self.per_token and "labels" in call:
             call["labels"] = widened(call["labels"], count, -100)
+        if graft.reading.strip_virtual_outputs:
+            call.update({name: call[name] + count for name in ANSWERS if name in call})
         return call
 
 

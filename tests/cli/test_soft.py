@@ -12,6 +12,7 @@ from click.testing import Result
 import peftsurgery as ps
 from fixtures.minilm import minilm_path
 from peftsurgery.method import TABLE
+from tests.cli.conftest import digest
 
 Run = Callable[..., Result]
 
@@ -60,6 +61,8 @@ def test_a_prompt_starts_from_a_text(run: Run, tmp_path: Path) -> None:
     ("words", "said"),
     [
         (("prompt-tuning", "--init-text", "hello"), "no tokenizer"),
+        (("prompt-tuning", "--num-virtual-tokens", 600), "leave no room for words"),
+        (("prefix-tuning", "--num-virtual-tokens", 600), "leave no room for words"),
         (("prompt-tuning", "--num-virtual-tokens", 0), "num_virtual_tokens is 0"),
         (("prompt-tuning", "--projection"), "prefix_projection"),
         (("prompt-tuning", "--r", 4), "no hyper-parameter 'r'"),
@@ -73,3 +76,26 @@ def test_words_that_do_not_fit_are_refused(
     done = run("inject", bert, "--method", *words, "-o", tmp_path / "a")
     assert done.exit_code == 1 and said in done.stderr, done.output
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", ["bake", "export-onnx"])
+def test_another_hidden_size_is_refused(run: Run, bert: Path, tmp_path: Path, verb: str) -> None:
+    prompt = Path("fixtures/minilm_prompt")
+    asked = ("bake", prompt, "--base", bert) if verb == "bake" else ("export-onnx", bert, "--adapter", prompt)
+    before = digest(prompt), digest(bert)
+    done = run(*asked, "-o", tmp_path / "out")
+    assert done.exit_code == 1 and "(20, 384)" in done.stderr and "another base" in done.stderr, done.output
+    assert list(tmp_path.iterdir()) == [] and (digest(prompt), digest(bert)) == before
+
+
+@pytest.mark.parametrize("verb", ["bake", "export-onnx"])
+def test_an_encoder_of_another_adapter_is_refused(run: Run, bert: Path, tmp_path: Path, verb: str) -> None:
+    fresh = ("inject", bert, "--method", "p-tuning", "--num-virtual-tokens", 4)
+    for seed, name in enumerate(("a", "b")):
+        assert run(*fresh, "--seed", seed, "-o", tmp_path / name).exit_code == 0
+    (tmp_path / "b" / "encoder.safetensors").replace(tmp_path / "a" / "encoder.safetensors")
+    before, left = digest(tmp_path / "a"), {tmp_path / "a", tmp_path / "b"}
+    asked = ("bake",) if verb == "bake" else ("export-onnx", bert, "--adapter")
+    done = run(*asked, tmp_path / "a", "-o", tmp_path / "out")
+    assert done.exit_code == 1 and "does not give its" in done.stderr, done.output
+    assert set(tmp_path.iterdir()) == left and digest(tmp_path / "a") == before

@@ -189,6 +189,7 @@ def test_a_hard_prompt_is_words_in_front(run: Run, tmp_path: Path) -> None:
     text, base = "is it a complaint ?", minilm_path()
     made = run("inject", base, "--method", "hard-prompt", "--init-text", text, "-o", tmp_path / "hard")
     assert made.exit_code == 0, made.output
+    assert "nothing to train" in made.stdout
     exported = run("export-onnx", base, "--adapter", tmp_path / "hard", "-o", tmp_path / "onnx")
     assert exported.exit_code == 0, exported.output
     words = AutoTokenizer.from_pretrained(base)

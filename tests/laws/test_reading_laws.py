@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import peftsurgery as ps
 from peftsurgery.errors import PlanError
-from tests.token_subjects import BERTS, LENGTH, SUBJECTS, TokenSubject
+from tests.token_subjects import BERTS, LENGTH, PAD, SUBJECTS, TokenSubject
 
 N = 5
 ENCODERS = [subject for subject in SUBJECTS if subject.family == "encoder"]
@@ -115,17 +115,25 @@ def _cls_logits(subject: TokenSubject, model: nn.Module) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize(
-    "subject", [s for s in ENCODERS if s.name in ("bert", "electra", "roberta")], ids=str
-)
+@torch.no_grad()
+def test_answers_are_numbered_as_they_are_given() -> None:
+    model = wearing(built(TAGGERS, "qa"), ps.PromptTuning(N), STRIP)
+    pefts = wearing(built(TAGGERS, "qa"), ps.PromptTuning(N), ps.Reading())
+    starts, ends = torch.tensor([1, 2]), torch.tensor([3, 4])
+    loss = model(**call(), start_positions=starts, end_positions=ends).loss
+    moved = pefts(**call(), start_positions=starts + N, end_positions=ends + N).loss
+    assert torch.equal(loss, moved)
+
+
+@pytest.mark.parametrize("subject", [s for s in ENCODERS if s.name != "deberta-v2"], ids=str)
 def test_a_prefix_without_a_shift_numbers_words_as_ever(subject: TokenSubject) -> None:
     """Shifted positions, shifted back by the caller, are the positions without a shift."""
     model = wearing(subject.model(), ps.PrefixTuning(N), UNSHIFTED)
     pefts = wearing(subject.model(), ps.PrefixTuning(N), ps.Reading())
     inputs = subject.inputs()
     ids = inputs["input_ids"]
-    kept = ids.ne(1).long()
-    own = kept.cumsum(1) * kept + 1 if subject.name == "roberta" else torch.arange(LENGTH).expand(2, -1)
+    kept, skips = ids.ne(PAD).long(), subject.name in ("roberta", "mpnet")
+    own = kept.cumsum(1) * kept + PAD if skips else torch.arange(LENGTH).expand(2, -1)
     with torch.no_grad():
         expected = pefts(**inputs, position_ids=own - N).logits
     assert torch.allclose(subject.run(model), expected, atol=1e-6)
@@ -146,6 +154,7 @@ def test_a_prefix_without_a_shift_leaves_all_positions_to_words() -> None:
         ("bert", ps.PromptTuning(N), STRIP, "nothing to strip"),
         ("bert", ps.PrefixTuning(N), STRIP, "prefix adds no tokens"),
         ("gpt2", ps.PrefixTuning(N), UNSHIFTED, "for encoders"),
+        ("deberta-v2", ps.PrefixTuning(N), UNSHIFTED, "changes nothing"),
         ("gpt2", ps.PromptTuning(N), CLS, "does not"),
         ("t5", ps.PromptTuning(N), STRIP, "nothing to strip"),
         ("bert", ps.LoRA(r=2), STRIP, "for virtual tokens"),
