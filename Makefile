@@ -11,12 +11,13 @@ EXAMPLES_READY := $(VENV)/.examples-ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo example-soft test lint format bench docs fixtures clean
+.PHONY: help venv demo example-soft example-fusion test lint format bench docs fixtures clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo      the main job on a real model: inspect, merge, export, verify, classify'
 	@echo 'make example-soft  train, bake, export and serve soft prompts: a few minutes'
+	@echo 'make example-fusion  train two adapters, fuse them, and draw which one each layer listens to'
 	@echo 'make test      the tests, on two processes (ARGS="-k lora" passes words on to pytest)'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make format    let ruff rewrite what it can'
@@ -50,6 +51,10 @@ demo: $(READY)
 example-soft: $(EXAMPLES_READY)
 	rm -rf build/soft/prompt-tuning build/soft/prefix-tuning
 	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.train_soft_prompts
+
+example-fusion: $(EXAMPLES_READY)
+	rm -rf build/fusion
+	HF_HUB_OFFLINE=1 $(BIN)/python -m examples.train_fusion
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
