@@ -27,6 +27,8 @@ OUTPUTS: Mapping[str, Mapping[str, bool]] = {
 """For each task, its outputs, and whether there is one for every token."""
 RECORDED = "peftsurgery."
 """How the keys begin under which a graph keeps what its ports do not say."""
+PROBED = 3
+"""How many tokens the rows have on which a model is run to see what it gives."""
 OPTIONAL = frozenset({"pooler_output"})
 
 
@@ -46,8 +48,8 @@ class Port:
 
     @property
     def per_token(self) -> bool:
-        """Whether it has a value for every token, so that padding matters."""
-        return LENGTH in self.axes
+        """Whether it has a value for every token, virtual ones included, so that padding matters."""
+        return any(str(axis).startswith(LENGTH) for axis in self.axes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,7 @@ def _task(model: nn.Module, word: str | None) -> Task:
 
 def _probe(model: nn.Module, names: list[str]) -> Mapping[str, Any]:
     device = next(model.parameters()).device
-    feeds = {name: torch.full((2, 3), int(name != "token_type_ids"), device=device) for name in names}
+    feeds = {name: torch.full((2, PROBED), int(name != "token_type_ids"), device=device) for name in names}
     try:
         with evaluating(model):
             return call(model, feeds)
@@ -178,8 +180,13 @@ def _offered(model: nn.Module, task: Task, given: Mapping[str, Any]) -> list[tup
 
 
 def _port(name: str, value: Tensor, per_token: bool) -> Port:
-    dynamic = (BATCH, LENGTH) if per_token else (BATCH,)
+    dynamic = (BATCH, _length(value.shape[1] - PROBED)) if per_token else (BATCH,)
     return Port(name, str(value.dtype).removeprefix("torch."), (*dynamic, *value.shape[len(dynamic) :]))
+
+
+def _length(more: int) -> str:
+    """The axis of the tokens, where virtual ones come out too: `sequence_length + 20`."""
+    return f"{LENGTH} + {more}" if more else LENGTH
 
 
 def _name(model: nn.Module) -> str:

@@ -208,3 +208,18 @@ def test_a_hard_prompt_without_a_tokenizer_is_refused(run: Run, bert: Path, tmp_
     assert made.exit_code == 1
     assert "no tokenizer" in made.stderr
     assert not (tmp_path / "hard").exists()
+
+
+def test_outputs_with_the_prompt_say_how_long_they_are(run: Run, bert: Path, tmp_path: Path) -> None:
+    live = AutoModel.from_pretrained(bert)
+    ps.inject(live, ps.PromptTuning(num_virtual_tokens=5), seed=0)
+    report = ps.export_onnx(live, out=tmp_path / "onnx")
+    states, pooled = onnx.load(tmp_path / "onnx" / "model.onnx").graph.output
+    said = [axis.dim_param or axis.dim_value for axis in states.type.tensor_type.shape.dim]
+    assert said == ["batch_size", "sequence_length + 5", 32]
+    assert len(pooled.type.tensor_type.shape.dim) == 2
+    assert report.facts["parity"]["max_abs_diff"] <= 1e-4
+    assert _ran(tmp_path / "onnx")["last_hidden_state"].shape == (2, 12, 32)
+    ps.save_adapter(ps.remove(live), tmp_path / "a")
+    compared = run("verify", tmp_path / "onnx", "--against", bert, "--adapter", tmp_path / "a")
+    assert compared.exit_code == 0, compared.output
