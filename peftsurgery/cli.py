@@ -230,6 +230,15 @@ def bake_command(**options: Any) -> None:
     "--no-verify", "verify", is_flag=True, default=True, flag_value=False, help="Do not compare with torch."
 )
 @click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32.")
+@click.option(
+    "--external-weights", is_flag=True, help="Keep the weights in model.onnx_data, whatever their size."
+)
+@click.option(
+    "--share-weights",
+    type=click.Path(),
+    metavar="ONNX_DIR",
+    help="Link the weights of another export that are the same, instead of writing them again.",
+)
 @reading_options
 @trust_options
 @report_options

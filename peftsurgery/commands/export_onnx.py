@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -35,6 +35,13 @@ if TYPE_CHECKING:
     from peftsurgery.graph.signature import Signature
 
 
+class _Weights(NamedTuple):
+    """Where the weights go: into a file beside the graph, and which export's they may share."""
+
+    external: bool
+    shared: str | Path | None
+
+
 def export_onnx(
     model: nn.Module | str | Path,
     *,
@@ -47,6 +54,8 @@ def export_onnx(
     verify: bool = True,
     tolerance: float | None = None,
     reading: Reading = AS_PEFT,
+    external_weights: bool = False,
+    share_weights: str | Path | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -64,6 +73,9 @@ def export_onnx(
         verify: compare with torch on several batches and lengths, padded ones too.
         tolerance: the largest absolute difference allowed; by default the dtype's.
         reading: how the graph reads virtual tokens, where it is not as in PEFT.
+        external_weights: keep the weights in `model.onnx_data`, whatever their size.
+        share_weights: the directory of another export with external weights: those that are the same are linked
+            and not written again, so that many prompts or heads share one file of their base.
 
     Raises:
         UnsupportedModel: no export for this architecture or task.
@@ -75,7 +87,8 @@ def export_onnx(
         staged(Path(out)) as directory,
         operated(model, given, factored, task, trust_remote_code, reading) as live,
     ):
-        signature = _write_graph(model, live, directory, task, opset, listen)
+        kept = _Weights(external_weights, share_weights)
+        signature = _write_graph(model, live, directory, task, opset, kept, listen)
         listen(Event("export", "verifying", 2, 3))
         parity = _verified(live, signature, directory, tolerance) if verify else None
         write_json(directory / "peftsurgery.json", _certificate(live, given, factored, opset, parity))
@@ -90,6 +103,7 @@ def _write_graph(
     directory: Path,
     task: str | None,
     opset: int,
+    kept: _Weights,
     listen: Listener,
 ) -> Signature:
     from peftsurgery.graph import weights
@@ -97,7 +111,9 @@ def _write_graph(
     listen(Event("export", "tracing", 0, 3))
     traced, signature = _traced(live, task, opset)
     listen(Event("export", "writing", 1, 3))
-    weights.save(traced, directory)
+    if kept.shared is not None:
+        weights.share(traced, Path(kept.shared) / "model.onnx", directory)
+    weights.save(traced, directory, inline=0 if kept.external else weights.INLINE)
     _companions(model, live, directory)
     return signature
 

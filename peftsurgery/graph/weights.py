@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from peftsurgery.errors import CheckpointError, ExportError, MissingShard, TruncatedShard, UnsafePath
 
 if TYPE_CHECKING:
+    import onnx
     import onnx_ir as ir
 
 INLINE = 2_000_000_000
@@ -40,10 +41,69 @@ def load(path: Path) -> ir.Model:
     return model
 
 
+def share(model: ir.Model, source: Path, directory: Path) -> int:
+    """Let the graph, which will be saved into `directory`, read the weights that `source` has from its file.
+
+    What has the same name and the same bytes there is not written again: its file is hard-linked into
+    `directory`. The rest, a prompt or a head, stays in the graph. How many bytes are shared comes back.
+    (ONNX Runtime reads hard links; onnx's and onnx_ir's own loaders refuse them.)
+
+    Raises:
+        CheckpointError: `source` keeps no weights in a file beside it, or none of these, or cannot be linked.
+    """
+    import onnx_ir as ir
+
+    there = {n: v.const_value for n, v in load(source).graph.initializers.items()}
+    files: set[str] = set()
+    shared = 0
+    for name, value in model.graph.initializers.items():
+        twin, own = there.get(name), value.const_value
+        if not isinstance(twin, ir.ExternalTensor) or own is None or not _equal(own, twin, source.parent):
+            continue
+        value.const_value = ir.ExternalTensor(
+            twin.location,
+            twin.offset,
+            twin.nbytes,
+            own.dtype,
+            shape=twin.shape,
+            name=name,
+            base_dir=directory,
+        )
+        files.add(str(twin.location))
+        shared += own.nbytes
+    if not files:
+        raise CheckpointError(
+            f"{source} has none of these weights in a file beside it. Name an export of the same base that was "
+            "written with `--external-weights`; nothing was written."
+        )
+    for file in files:
+        _link(source.parent / file, directory / file)
+    return shared
+
+
+def _equal(own: ir.TensorProtocol, twin: ir.ExternalTensor, root: Path) -> bool:
+    if own.dtype != twin.dtype or list(own.shape) != list(twin.shape) or own.nbytes != twin.nbytes:
+        return False
+    with (root / twin.location).open("rb") as file:
+        file.seek(twin.offset or 0)
+        return file.read(twin.nbytes) == own.tobytes()
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{source} cannot be shared with {target.parent}: {error.strerror or error}. "
+            "Export to the same file system, or leave out `--share-weights`; nothing was written."
+        ) from error
+
+
 def save(model: ir.Model, directory: Path, name: str = "model.onnx", *, inline: int = INLINE) -> list[Path]:
     """Write the graph into an existing directory, and say which files hold it; checked and synced.
 
-    Weights of `inline` bytes or more go to one file `<name>_data` beside it, a tensor at a time.
+    Weights of `inline` bytes or more go to one file `<name>_data` beside it, a tensor at a time; those that
+    lie in a file already (`share`) stay there.
 
     Raises:
         ExportError: what was written is not valid ONNX.
@@ -53,16 +113,33 @@ def save(model: ir.Model, directory: Path, name: str = "model.onnx", *, inline: 
     import onnx_ir as ir
 
     path, data = directory / name, directory / f"{name}_data"
-    apart = nbytes(model) >= inline
+    linked = any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
+    apart = nbytes(model) >= inline and not linked
     ir.save(model, path, external_data=data.name if apart else None)
     try:
-        onnx.checker.check_model(os.fspath(path))
+        onnx.checker.check_model(_unlinked(path) if linked else os.fspath(path))
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{name} would be invalid ONNX: {error}. Report it; nothing was kept.") from error
     files = [path, data] if apart else [path]
     for file in (*files, directory):
         _sync(file)
     return files
+
+
+def _unlinked(path: Path) -> onnx.ModelProto:
+    """The graph with its external weights as inputs: the checker refuses the hard links that hold them."""
+    import onnx
+
+    proto = onnx.load(path, load_external_data=False)
+    held = list(proto.graph.initializer)
+    del proto.graph.initializer[:]
+    for tensor in held:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            port = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            proto.graph.input.append(port)
+        else:
+            proto.graph.initializer.append(tensor)
+    return proto
 
 
 def nbytes(model: ir.Model) -> int:

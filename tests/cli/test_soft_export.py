@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,3 +225,32 @@ def test_outputs_with_the_prompt_say_how_long_they_are(run: Run, bert: Path, tmp
     ps.save_adapter(ps.remove(live), tmp_path / "a")
     compared = run("verify", tmp_path / "onnx", "--against", bert, "--adapter", tmp_path / "a")
     assert compared.exit_code == 0, compared.output
+
+
+def test_prompts_of_one_base_share_its_weights(run: Run, tmp_path: Path) -> None:
+    one, two, base = tmp_path / "one", tmp_path / "two", minilm_path()
+    first = run("export-onnx", base, "--adapter", "fixtures/minilm_prompt", "--external-weights", "-o", one)
+    assert first.exit_code == 0, first.output
+    asked = ("--adapter", "fixtures/minilm_prefix", "--share-weights", one)
+    second = run("export-onnx", base, *asked, "-o", two)
+    assert second.exit_code == 0, second.output
+    assert os.path.samefile(one / "model.onnx_data", two / "model.onnx_data")
+    written = (two / "model.onnx").stat().st_size
+    assert written < 0.05 * (one / "model.onnx_data").stat().st_size
+    assert run("verify", two, "--against", base, "--adapter", "fixtures/minilm_prefix").exit_code == 0
+    golden = np.load("fixtures/minilm_prefix/golden.npz")
+    found = Session(two / "model.onnx", ["cpu"])({name: golden[name] for name in INPUTS})["logits"]
+    assert np.abs(found - golden["logits"]).max() <= 1e-4
+    shutil.rmtree(one)  # a link keeps what it links to
+    assert np.array_equal(
+        Session(two / "model.onnx", ["cpu"])({name: golden[name] for name in INPUTS})["logits"], found
+    )
+
+
+def test_weights_that_are_not_apart_cannot_be_shared(run: Run, tmp_path: Path) -> None:
+    base, whole = minilm_path(), tmp_path / "whole"
+    assert run("export-onnx", base, "--no-verify", "-o", whole).exit_code == 0
+    done = run("export-onnx", base, "--share-weights", whole, "-o", tmp_path / "two")
+    assert done.exit_code == 1
+    assert "--external-weights" in done.stderr
+    assert not (tmp_path / "two").exists()

@@ -279,7 +279,7 @@ def test_what_the_format_cannot_say_is_refused(tmp_path: Path) -> None:
         (lambda: ps.PTuning(encoder_hidden_size=0), "encoder_hidden_size is 0"),
         (lambda: ps.PTuning(encoder_num_layers=0), "encoder_num_layers is 0"),
         (lambda: ps.PrefixTuning(encoder_hidden_size=-1), "encoder_hidden_size is -1"),
-        (lambda: ps.HardPrompt(()), "at least one token"),
+        (lambda: ps.HardPrompt(()), "a text or its token ids"),
     ],
 )
 def test_a_hyper_parameter_out_of_range_is_refused(make: Callable[[], object], said: str) -> None:
