@@ -11,6 +11,7 @@ from torch import Tensor
 from peftsurgery.errors import MismatchedTensors, NonFiniteWeight, UnclaimedSites, listing, nearest
 from peftsurgery.method import Method, Params, TokenMethod
 from peftsurgery.planning import Plan, Step
+from peftsurgery.reading import AS_PEFT, Reading
 from peftsurgery.rename import Rename, renames
 from peftsurgery.site import Kind, Site
 
@@ -28,6 +29,8 @@ class Adapter:
             trained biases, under their names in the model.
         task_type: PEFT's word for the task (`SEQ_CLS`, `CAUSAL_LM`, …), where known.
         base: `base_model_name_or_path`, where known.
+        model_type: the architecture that it was made for, in the word of `config.json`, where known.
+        reading: how virtual tokens were trained to be read.
     """
 
     plan: Plan
@@ -37,6 +40,8 @@ class Adapter:
     replaced: Mapping[str, Tensor] = field(default_factory=dict)
     task_type: str | None = None
     base: str | None = None
+    model_type: str | None = None
+    reading: Reading = AS_PEFT
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor under its full name, `<site>.<parameter>`."""

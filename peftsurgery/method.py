@@ -93,6 +93,11 @@ class Method(ABC):
         """Fresh float32 values on the CPU for `shared_shapes(sites)`; see `TokenMethod`."""
         return {}
 
+    @property
+    def twins(self) -> Mapping[str, str]:
+        """Second names under which AdapterHub's files hold a parameter once more → the name that it has here."""
+        return {}
+
     def stage(self, parameter: str) -> int:
         """The stage of a training in two in which the parameter of that name moves: 1 or 2."""
         return 1

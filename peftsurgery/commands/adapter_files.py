@@ -1,47 +1,70 @@
-"""Adapters from and to directories."""
+"""Adapters from and to directories, whose format is told here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from peftsurgery.adapter import Adapter, scale
-from peftsurgery.disk import peft
+from peftsurgery.disk import adapterhub, peft
 from peftsurgery.disk.locate import locate
 from peftsurgery.disk.writer import staged
-from peftsurgery.errors import AdapterError, PlanError
+from peftsurgery.errors import AdapterError, PlanError, listing
 from peftsurgery.methods import METHODS
 
 Adapters = Adapter | str | Path | Sequence[Adapter | str | Path]
 
+PEFT, ADAPTERHUB = "peft", "adapterhub"
+WRITERS: Mapping[str, Callable[[Adapter, Path], None]] = {PEFT: peft.write, ADAPTERHUB: adapterhub.write}
 
-def load_adapter(path: str | Path, *, name: str = "default", allow_pickle: bool = False) -> Adapter:
-    """The adapter in a directory, in PEFT's file format, every tensor checked.
+
+def load_adapter(path: str | Path, *, name: str | None = None, allow_pickle: bool = False) -> Adapter:
+    """The adapter in a directory, in PEFT's file format or in AdapterHub's, every tensor checked.
 
     Args:
-        path: the directory, or a hub id in the local cache.
-        name: what it will be called on a model.
+        path: the directory, or a hub id in the local cache; of AdapterHub's an adapter, a fusion or a set-up.
+        name: what it will be called on a model; what its files call it by default, which PEFT's do not.
         allow_pickle: read a `.bin` where there is no `.safetensors` (with `weights_only=True`).
 
     Raises:
         UnknownMethod, MismatchedTensors, NonFiniteWeight, UntrustedPickle, AdapterError.
     """
-    return peft.read(locate(path), METHODS, name=name, allow_pickle=allow_pickle)
+    found = locate(path)
+    if adapterhub.is_here(found):
+        return adapterhub.read(found, METHODS, name=name, allow_pickle=allow_pickle)
+    return peft.read(found, METHODS, name=name or "default", allow_pickle=allow_pickle)
 
 
-def save_adapter(adapter: Adapter, out: str | Path, *, format: str = "peft") -> Path:
-    """Write the adapter as a directory that PEFT loads; all of it or nothing.
+def save_adapter(adapter: Adapter, out: str | Path, *, format: str | None = None) -> Path:
+    """Write the adapter as a directory that PEFT or AdapterHub's library loads; all of it or nothing.
+
+    Args:
+        format: `peft` or `adapterhub`; by default PEFT's, where it can say the adapter.
 
     Raises:
-        AdapterError: the format is not known.
+        AdapterError: the format is not known, or cannot say the adapter.
         CheckpointError: `out` is not empty, or cannot be written.
     """
-    if format != "peft":
-        raise AdapterError(f"{format!r} is no adapter format that peftsurgery writes. Take `format='peft'`.")
+    word = format or format_of(adapter)
+    if word not in WRITERS:
+        raise AdapterError(
+            f"{word!r} is no adapter format that peftsurgery writes. Take one of {listing(list(WRITERS))}."
+        )
     with staged(Path(out)) as directory:
-        peft.write(adapter, directory)
+        WRITERS[word](adapter, directory)
     return Path(out)
+
+
+def format_of(adapter: Adapter) -> str:
+    """The format that an adapter is written in unless another is asked for."""
+    sayable = all(step.method.peft_type is not None for step in adapter.plan.steps)
+    return PEFT if sayable and adapter.reading.position_shift else ADAPTERHUB
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a path is an adapter's directory, in any format."""
+    return (Path(path) / peft.CONFIG).is_file() or adapterhub.is_here(Path(path))
 
 
 def gather(adapters: Adapters, weight: Sequence[float] = (), *, allow_pickle: bool = False) -> list[Adapter]:
@@ -63,7 +86,7 @@ def _loaded(one: Adapter | str | Path, allow_pickle: bool) -> Adapter:
     if isinstance(one, Adapter):
         return one
     adapter = load_adapter(one, allow_pickle=allow_pickle)
-    return replace(adapter, name=adapter_name(one))
+    return adapter if adapterhub.is_here(locate(one)) else replace(adapter, name=adapter_name(one))
 
 
 def adapter_name(path: str | Path) -> str:

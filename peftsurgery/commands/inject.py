@@ -212,7 +212,7 @@ def _written(
             trust_remote_code=trust_remote_code,
         )
     adapter = replace(_fresh(tree_of, chosen, members, name, seed, word, real=True), base=str(model))
-    save_adapter(adapter, out, format="peft" if method.peft_type else "adapterhub")
+    save_adapter(adapter, out)
     facts = {"sites": len(chosen.steps), "parameters": adapter.num_parameters, "out": str(out)}
     hint = f"{_first(method)}`peftsurgery {_then(method, model, out)}`"
     return Report("inject", f"Wrote a fresh {chosen.steps[0].method.name} adapter.", facts, hint=hint)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftsurgery.commands.adapter_files import load_adapter
+from peftsurgery.commands.adapter_files import is_adapter, load_adapter
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk import checkpoint as disk
 from peftsurgery.disk.locate import locate
@@ -62,7 +62,7 @@ def inspect(
         NoSiteMatched: a word selects nothing.
         CheckpointError, AdapterError: the files are not what they say.
     """
-    if isinstance(model, str | Path) and (Path(model) / "adapter_config.json").is_file():
+    if isinstance(model, str | Path) and is_adapter(model):
         return _adapter_report(model, tree, allow_pickle)
     offered = sites(model, task=task, trust_remote_code=trust_remote_code)
     facts = _facts(model, offered)

@@ -5,22 +5,19 @@ Of a soft prompt that has an encoder, the encoder lies in a third file, which PE
 
 from __future__ import annotations
 
-import json
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from peftsurgery.adapter import Adapter, check
 from peftsurgery.disk import peft_soft
+from peftsurgery.disk.adapter_files import check_values, json_object, put, safetensors, tensors
 from peftsurgery.disk.peft_config import method_of, parse
 from peftsurgery.disk.peft_keys import heads, keyed, understood
 from peftsurgery.disk.peft_render import render
-from peftsurgery.disk.shard import load, read_shard
-from peftsurgery.disk.writer import Entry, write_json, write_safetensors
-from peftsurgery.errors import AdapterError, PlanError, TruncatedShard, UntrustedPickle
+from peftsurgery.disk.writer import write_json
+from peftsurgery.errors import AdapterError, PlanError
 from peftsurgery.method import Method, TokenMethod
 
 CONFIG, TENSORS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -52,9 +49,11 @@ def read(
         raw = _json(path)
         kind = method_of(raw, methods)
         if issubclass(kind, TokenMethod):
-            return peft_soft.understood(raw, kind, _tensors(path, allow_pickle), _encoder(path), name)
+            return peft_soft.understood(
+                raw, kind, tensors(path, TENSORS, PICKLE, allow_pickle), _encoder(path), name
+            )
         config = parse(raw, methods)
-        return check(understood(config, _tensors(path, allow_pickle), name))
+        return check(understood(config, tensors(path, TENSORS, PICKLE, allow_pickle), name))
     except (PlanError, OverflowError) as error:
         raise AdapterError(f"{path / CONFIG} says what no adapter means: {error}") from error
     except OSError as error:
@@ -74,10 +73,7 @@ def write(adapter: Adapter, directory: Path) -> None:
         CheckpointError: a file cannot be written.
     """
     check(adapter)
-    if any(tensor.is_meta for _, tensor in adapter.tensors()):
-        raise AdapterError(
-            f"Adapter {adapter.name!r} is on the meta device and has no values. Load or train it first."
-        )
+    check_values(adapter)
     stranger = next((s.method.name for s in adapter.plan.steps if s.method.peft_type is None), None)
     if stranger is not None:
         raise AdapterError(
@@ -87,15 +83,10 @@ def write(adapter: Adapter, directory: Path) -> None:
         said = peft_soft.files(adapter)
     else:
         said = peft_soft.Files(render(adapter, heads(adapter)), keyed(adapter), [])
-    _put(directory / TENSORS, said.tensors)
+    put(directory / TENSORS, said.tensors)
     if said.encoder:
-        _put(directory / ENCODER, said.encoder)
+        put(directory / ENCODER, said.encoder)
     write_json(directory / CONFIG, dict(sorted(said.config.items())))
-
-
-def _put(file: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
-    entries = [Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors]
-    write_safetensors(file, entries, tensors, {"format": "pt"})
 
 
 def _json(path: Path) -> Mapping[str, object]:
@@ -104,45 +95,8 @@ def _json(path: Path) -> Mapping[str, object]:
     if not (path / CONFIG).exists():
         model = " (it holds a model)" if (path / "config.json").exists() else ""
         raise AdapterError(f"{path} holds no {CONFIG}{model}. {HOLDS}")
-    try:
-        raw = json.loads((path / CONFIG).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path / CONFIG} is no JSON ({error}). Save or download it again.") from None
-    if not isinstance(raw, dict):
-        raise AdapterError(f"{path / CONFIG} holds no JSON object. Save or download it again.")
-    return raw
+    return json_object(path / CONFIG)
 
 
 def _encoder(path: Path) -> dict[str, Tensor] | None:
-    return _loaded(path / ENCODER) if (path / ENCODER).exists() else None
-
-
-def _loaded(file: Path) -> dict[str, Tensor]:
-    return {stored.name: load(stored).clone() for stored in read_shard(file).tensors}
-
-
-def _tensors(path: Path, allow_pickle: bool) -> dict[str, Tensor]:
-    if (path / TENSORS).exists():
-        return _loaded(path / TENSORS)
-    if not (path / PICKLE).exists():
-        raise AdapterError(f"{path} holds {CONFIG} but no {TENSORS}. Save or download the adapter again.")
-    if allow_pickle:
-        return _unpickled(path / PICKLE)
-    raise UntrustedPickle(
-        f"{path} holds its tensors as a pickle ({PICKLE}), which can carry code. If you trust who made it, "
-        "read it with `--allow-pickle` (`allow_pickle=True`), or have it saved as safetensors."
-    )
-
-
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UntrustedPickle(
-            f"{path} is no pickle of tensors alone. Have it saved as safetensors."
-        ) from None
-    except (RuntimeError, EOFError) as error:
-        raise TruncatedShard(f"{path} is no whole file ({error!s:.80}). Download it again.") from None
-    if not isinstance(found, dict) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
-        raise AdapterError(f"{path} holds no mapping of names to tensors. Save the adapter again.")
-    return found
+    return safetensors(path / ENCODER) if (path / ENCODER).exists() else None

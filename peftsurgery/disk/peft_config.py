@@ -106,11 +106,6 @@ def method_of(raw: Mapping[str, object], methods: Mapping[str, type[Method]]) ->
     named = raw.get("peft_type")
     if isinstance(named, str) and named in known:
         return known[named]
-    if named is None and "config" in raw:
-        raise UnknownMethod(
-            "This is an adapter in AdapterHub's format, which peftsurgery does not read yet. "
-            "Give it an adapter that PEFT saved."
-        )
     raise UnknownMethod(
         f"`peft_type` is {named!r}, and peftsurgery reads {listing(tuple(known))}. "
         "Use peft for this adapter: `PeftModel.from_pretrained(base, adapter)`."

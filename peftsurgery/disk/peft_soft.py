@@ -97,6 +97,12 @@ def files(adapter: Adapter) -> Files:
             f"bias is {adapter.plan.bias!r}, and beside virtual tokens PEFT's format holds whole heads only. "
             "Name the modules in `modules_to_save` instead."
         )
+    if not adapter.reading.position_shift:
+        raise AdapterError(
+            "The prefix was trained with words that are numbered from 0, as in AdapterHub, and PEFT numbers them from "
+            "n on. `peftsurgery convert ADAPTER --to peft --base MODEL -o OUT` writes the positions that make up for "
+            "it beside the prefix."
+        )
     baked = bake(adapter)
     if not method.trainable:
         return files(baked)

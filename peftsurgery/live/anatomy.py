@@ -48,6 +48,12 @@ POOLING = "score"
 """The head of decoders that classify by the last word which is no padding; encoders call theirs otherwise."""
 
 
+def model_type(model: nn.Module) -> str | None:
+    """The word for the architecture in `config.json`; None for a model without one."""
+    config: Any = getattr(model, "config", None)
+    return getattr(config, "model_type", None) or None
+
+
 def output_embeddings(model: nn.Module) -> tuple[str, ...]:
     """The names of the module that turns hidden states into logits; `all-linear` passes over it."""
     getter = getattr(model, "get_output_embeddings", None)

@@ -9,6 +9,7 @@ from torch import nn
 from peftsurgery.errors import PlanError, listing, nearest
 from peftsurgery.live.swap import CHART, Hook, annotate
 from peftsurgery.planning import Plan
+from peftsurgery.reading import AS_PEFT, Reading
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,7 @@ class Record:
     base: str | None = None
     carrier: str | None = None
     hooks: tuple[tuple[str, Hook], ...] = ()
+    reading: Reading = AS_PEFT
 
 
 @dataclass(frozen=True, slots=True)

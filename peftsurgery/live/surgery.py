@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftsurgery.adapter import Adapter, check, rebased
 from peftsurgery.errors import AlreadyGrafted, MismatchedTensors, PlanError, UnclaimedSites, listing, nearest
 from peftsurgery.live import outputs, soft
+from peftsurgery.live.anatomy import model_type
 from peftsurgery.live.chart import Record, chart, enter, leave, record
 from peftsurgery.live.grafts import Graft, StandIn, Theta, WeightGraft
 from peftsurgery.live.pause import collector_paused
@@ -54,7 +55,7 @@ def fresh(
     params = {s.site.name: _blank(s) if meta else s.method.init(s.site, None, generator) for s in plan.steps}
     shared = soft.fresh(model, plan, generator, ids, meta)
     base = getattr(getattr(model, "config", None), "name_or_path", None) or None
-    return Adapter(plan, params, name, shared, _copies(modules, plan), task_type, base)
+    return Adapter(plan, params, name, shared, _copies(modules, plan), task_type, base, model_type(model))
 
 
 def inject(
@@ -64,7 +65,7 @@ def inject(
 
     Args:
         trainable: whether the adapter's own parameters require gradients.
-        reading: how the model reads virtual tokens.
+        reading: how the model reads virtual tokens, where it is not as they were trained to be.
 
     Raises:
         AlreadyGrafted: an adapter of that name is on the model.
@@ -91,15 +92,15 @@ def graft(
     modules = dict(walked)
     _check_name(model, adapter, modules)
     replaced = _by_module(adapter, modules)
-    grafts, carrier, hooks = _grafts(model, adapter, replaced, modules, trainable, reading)
+    way = adapter.reading if reading == AS_PEFT else reading
+    grafts, carrier, hooks = _grafts(model, adapter, replaced, modules, trainable, way)
     base = (
         {} if chart(model).records else {name: p for name, p in model.named_parameters() if p.requires_grad}
     )
     leaves = tuple((module, tuple(values)) for module, values in replaced.items())
     new = Record(
         *(adapter.name, adapter.plan, tuple(grafts), leaves, adapter.task_type, adapter.base),
-        carrier,
-        hooks,
+        *(carrier, hooks, way),
     )
     old = swap(model, everywhere(grafts, walked))
     try:
@@ -160,7 +161,8 @@ def taken(model: nn.Module, name: str) -> Adapter:
         own = next(g for g in layers[place] if isinstance(g, StandIn)).own
         replaced.update({f"{place}.{leaf}": own.get_parameter(leaf).detach() for leaf in leaves})
     plan = replace(entry.plan, steps=tuple(steps))
-    return Adapter(plan, params, name, shared, replaced, entry.task_type, entry.base)
+    origin = (entry.task_type, entry.base, model_type(model), entry.reading)
+    return Adapter(plan, params, name, shared, replaced, *origin)
 
 
 def _special(model: nn.Module, plan: Plan) -> tuple[Site, ...]:

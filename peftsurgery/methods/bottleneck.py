@@ -131,7 +131,6 @@ class Bottleneck(OutputMethod):
 
     @property
     def twins(self) -> Mapping[str, str]:
-        """Second names under which AdapterHub's files hold a parameter once more → the name that it has here."""
         leaves = ("weight", "bias") if self.ln_before else ()
         return {f"adapter_down.0.{leaf}": f"{NORMS[0]}.{leaf}" for leaf in leaves}
 

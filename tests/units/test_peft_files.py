@@ -251,13 +251,6 @@ def test_a_directory_that_is_no_adapters_says_what_one_holds(tmp_path: Path, dir
         read(directory)
 
 
-def test_adapterhubs_format_is_recognised(tmp_path: Path) -> None:
-    said = {"config": {"reduction_factor": 16}, "hidden_size": 384, "model_type": "bert", "name": "a"}
-    (tmp_path / files.CONFIG).write_text(json.dumps(said))
-    with pytest.raises(UnknownMethod, match="AdapterHub's format"):
-        read(tmp_path)
-
-
 def test_a_pickle_is_read_only_when_asked_for(directory: Path) -> None:
     expected = read(directory)
     torch.save(load_file(directory / files.TENSORS), directory / files.PICKLE)
