@@ -115,8 +115,8 @@ def check_order(names: Iterable[str]) -> None:
     if swapped is not None:
         raise AdapterError(
             f"{swapped!r} is behind ALBERT's attention, where adapters 1.3.0 takes the layer's input for the "
-            "attention's output and the other way round; what is trained there means something else here. Leave it to the other "
-            "library, or take `output_adapter` alone."
+            "attention's output and the other way round; what is trained there means something else here. Leave "
+            "it to the other library, or take `output_adapter` alone."
         )
 
 
