@@ -33,6 +33,7 @@ _HOMES = {
     "activate": "live.active",
     "adapters": "live.active",
     "bake": "commands.bake",
+    "convert": "commands.convert",
     "export_onnx": "commands.export_onnx",
     "folded": "fold",
     "inject": "commands.inject",
@@ -73,6 +74,7 @@ __all__ = [
     "activate",
     "adapters",
     "bake",
+    "convert",
     "export_onnx",
     "folded",
     "inject",
@@ -94,6 +96,7 @@ if TYPE_CHECKING:
     from peftsurgery.adapter import Adapter, scale
     from peftsurgery.commands.adapter_files import load_adapter, save_adapter
     from peftsurgery.commands.bake import bake
+    from peftsurgery.commands.convert import convert
     from peftsurgery.commands.export_onnx import export_onnx
     from peftsurgery.commands.inject import inject, plan
     from peftsurgery.commands.inspect import inspect, sites

@@ -214,6 +214,21 @@ def bake_command(**options: Any) -> None:
     run(flags, lambda listen: bake(**options))
 
 
+@main.command("convert")
+@click.argument("adapter")
+@click.option("--to", type=click.Choice(["peft", "adapterhub"]), required=True, help="The format to write.")
+@click.option("-o", "--out", type=click.Path(), required=True, help="The directory to write.")
+@click.option("--base", help="The model directory that the adapter is for; heads and prefixes need it.")
+@trust_options
+@report_options
+def convert_command(**options: Any) -> None:
+    """Write ADAPTER in the other library's format, where both compute the same with it."""
+    from peftsurgery.commands.convert import convert
+
+    flags = shown(options)
+    run(flags, lambda listen: convert(**options))
+
+
 @main.command("export-onnx")
 @click.argument("model")
 @click.option("--adapter", "adapters", multiple=True, help="An adapter to export with it. Repeatable.")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-from peftsurgery.adapter import Adapter, rebased
+from peftsurgery.adapter import Adapter
 from peftsurgery.adapter import bake as baked
 from peftsurgery.commands.adapter_files import load_adapter, save_adapter
+from peftsurgery.commands.basing import based
 from peftsurgery.commands.report import Report
 from peftsurgery.errors import PlanError
 from peftsurgery.method import TABLE, TokenMethod
@@ -43,25 +43,11 @@ def bake(
     if isinstance(adapter, str | Path) and out is None:
         raise PlanError(f"The baked adapter needs a place of its own: `peftsurgery bake {adapter} -o OUT`.")
     given = adapter if isinstance(adapter, Adapter) else load_adapter(adapter, allow_pickle=allow_pickle)
-    made = baked(given if base is None else _fitted(given, base, trust_remote_code))
+    made = baked(given if base is None else based(given, base, trust_remote_code))
     if out is None:
         return made
     save_adapter(made, out)
     return _report(given, made, str(out))
-
-
-def _fitted(adapter: Adapter, base: str | Path, trust_remote_code: bool) -> Adapter:
-    """The adapter in the names of the base, which no weight is read of."""
-    from peftsurgery.disk.locate import locate
-    from peftsurgery.live import anatomy, pretrained, sites
-    from peftsurgery.tasks import task
-
-    known = task(adapter.task_type) if adapter.task_type else None
-    model = pretrained.skeleton(locate(base), task=known, trust_remote_code=trust_remote_code)
-    method = _method(adapter)
-    places = [] if method is None else anatomy.token_sites(model, method.kinds)
-    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return replace(rebased(adapter, [*sites.sites(model), *places], names)[0], base=str(base))
 
 
 def _method(adapter: Adapter) -> TokenMethod | None:

@@ -204,11 +204,17 @@ def pooling_stack(model: nn.Module) -> str | None:
 
 def position_limit(stack: nn.Module) -> int | None:
     """The longest input that a stack of layers has positions for; None where positions are computed."""
+    found = position_table(stack)
+    return None if found is None else found[1].num_embeddings - found[2]
+
+
+def position_table(stack: nn.Module) -> tuple[str, nn.Embedding, int] | None:
+    """The table of learned positions: its name, itself, and the row of the first word."""
     for name, module in walk(stack):
         root = module.root if isinstance(module, Graft) else module
         if name.rpartition(".")[2] in POSITIONS and isinstance(root, nn.Embedding):
             padding = -1 if root.padding_idx is None else root.padding_idx
-            return root.num_embeddings - int(getattr(root, "offset", padding + 1))
+            return name, root, int(getattr(root, "offset", padding + 1))
     return None
 
 

@@ -12,6 +12,7 @@ import transformers as tf
 from torch import nn
 
 import peftsurgery as ps
+from fixtures.adapterhub.ours import CASES, write
 
 ROOT = Path("fixtures/adapterhub")
 GOLDEN = dict(np.load(ROOT / "golden.npz"))
@@ -65,3 +66,29 @@ def test_theirs(case: str) -> None:
     adapter = ps.load_adapter(ROOT / "theirs" / case, allow_pickle=True)
     live = ps.inject(model(case), adapter)
     assert np.abs(output(live, case) - GOLDEN[f"theirs/{case}"]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ours_are_what_their_library_was_given(name: str, tmp_path: Path) -> None:
+    """What is written today is, byte for byte, what AdapterHub's library loaded: its outputs are for this code."""
+    made, stored = write(name, tmp_path / name), ROOT / "ours" / name
+    files = sorted(file.relative_to(made) for file in made.rglob("*") if file.is_file())
+    assert files == sorted(file.relative_to(stored) for file in stored.rglob("*") if file.is_file())
+    assert [file for file in files if (made / file).read_bytes() != (stored / file).read_bytes()] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_their_library_computes_the_same_with_ours(name: str) -> None:
+    case = CASES[name]
+    for adapter in (case.adapter, ps.load_adapter(ROOT / "ours" / name)):
+        live = ps.inject(case.model(), adapter)
+        assert np.abs(output(live, case.base) - GOLDEN[f"ours/{name}"]).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_ours_come_back(name: str) -> None:
+    loaded, adapter = ps.load_adapter(ROOT / "ours" / name), CASES[name].adapter
+    mine, theirs = dict(adapter.tensors()), dict(loaded.tensors())
+    bare = {key.removeprefix(f"{adapter.model_type}."): value for key, value in theirs.items()}
+    assert sum(value.numel() for value in mine.values()) == sum(value.numel() for value in bare.values())
+    assert (loaded.reading, loaded.model_type) == (adapter.reading, adapter.model_type)

@@ -44,6 +44,7 @@ def test_public_names() -> None:
             "activate",
             "adapters",
             "bake",
+            "convert",
             "export_onnx",
             "folded",
             "inject",
