@@ -226,9 +226,11 @@ def _check_shared(adapter: Adapter) -> None:
 def _check_params(prefix: str, taker: str, announced: Mapping[str, tuple[int, ...]], params: Params) -> None:
     missing, unexpected = sorted(announced.keys() - params.keys()), sorted(params.keys() - announced.keys())
     if missing or unexpected:
+        lacks = f"lacks {listing(missing)}" if missing else ""
+        holds = f"holds {listing(unexpected)} besides" if unexpected else ""
         raise MismatchedTensors(
-            f"{taker} takes {listing(sorted(announced)) or 'no shared tensor'} and the adapter has "
-            f"{listing(sorted(params)) or 'none'}. "
+            f"{taker} takes {listing(sorted(announced)) or 'no shared tensor'}, and the adapter "
+            f"{' and '.join(filter(None, (lacks, holds)))}. "
             "Its files are incomplete, or belong to another method or base; nothing was changed.",
             missing=[f"{prefix}{name}" for name in missing],
             unexpected=[f"{prefix}{name}" for name in unexpected],

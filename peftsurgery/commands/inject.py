@@ -182,7 +182,9 @@ def _chosen(
     _no_words("A fusion goes where its adapters are: leave out targets.", targets)
     steps = fusing.steps(method, members)
     chosen = plan(model, next(iter(steps.values())).method, list(steps), **said)
-    return replace(chosen, steps=tuple(steps[site.name] for site in chosen.sites))
+    queries = [member.plan.query for member in members]
+    query = queries[0] if all(one == queries[0] for one in queries) else chosen.query
+    return replace(chosen, steps=tuple(steps[site.name] for site in chosen.sites), query=query)
 
 
 def _written(
@@ -221,7 +223,7 @@ def _written(
 def _first(method: Method) -> str:
     if isinstance(method, TokenMethod) and not method.trainable:
         return "there is nothing to train: "
-    return f"train it with {'PEFT or peftsurgery' if method.peft_type else 'peftsurgery'}, then "
+    return f"train it with {'PEFT' if method.peft_type else 'AdapterHub'} or peftsurgery, then "
 
 
 def _then(method: Method, model: str | Path, out: str | Path) -> str:

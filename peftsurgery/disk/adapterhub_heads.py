@@ -31,7 +31,7 @@ TASK_OF = {
     "image_classification": None,
 }
 """AdapterHub's words for what a head does, and PEFT's."""
-LAST = tuple(f"{module}.weight" for module in ("classifier", "score", "qa_outputs", "out_proj"))
+LAST = tuple(f".{module}.weight" for module in ("classifier", "score", "qa_outputs", "out_proj"))
 """How the name of a head's last map ends, which has a row for every label."""
 
 
@@ -123,7 +123,9 @@ def written(adapter: Adapter) -> tuple[Config, list[tuple[str, Tensor]]] | None:
             f"The adapter has a head, and AdapterHub's file says for which class: that needs the model's type "
             f"({adapter.model_type}) and the task ({adapter.task_type}). Name the base: `convert … --base MODEL`."
         )
-    labels = next((len(tensor) for name, tensor in adapter.replaced.items() if name.endswith(LAST)), None)
+    labels = next(
+        (len(tensor) for name, tensor in adapter.replaced.items() if f".{name}".endswith(LAST)), None
+    )
     config: Config = {
         "config": None,
         "num_labels": labels,

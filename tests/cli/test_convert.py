@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,8 +146,6 @@ def test_a_prefix_of_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
 
 def test_a_prefix_on_computed_positions_is_refused(tmp_path: Path) -> None:
     adapter = ps.load_adapter(ROOT / "ours" / "llama-prefix-from-peft")
-    from dataclasses import replace
-
     unshifted = replace(adapter, reading=ps.Reading(position_shift=False))
     with pytest.raises(AdapterError, match="computes its positions"):
         ps.convert(unshifted, to="peft", out=tmp_path / "out", base=ROOT / "bases" / "llama")
