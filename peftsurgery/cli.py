@@ -254,6 +254,13 @@ def convert_command(**options: Any) -> None:
     metavar="ONNX_DIR",
     help="Link the weights of another export that are the same, instead of writing them again.",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["copy", "reference"]),
+    default="copy",
+    show_default=True,
+    help="Write the weights with the graph, or let it read them in the checkpoint's own files.",
+)
 @reading_options
 @trust_options
 @report_options

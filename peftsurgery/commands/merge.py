@@ -140,6 +140,7 @@ def _merge_graph(model: Path, adapters: list[Adapter], out: Path, listen: Listen
     from peftsurgery.graph import weights
 
     graph = weights.load(model)
+    weights.check_readable(graph)
     names = graph.graph.initializers
     fitted = [rebased(adapter, graph_sites.sites(graph), names)[0] for adapter in adapters]
     _apart(model.parent, out)

@@ -10,8 +10,10 @@ import torch
 
 from peftsurgery.adapter import Adapter, check
 from peftsurgery.commands.adapter_files import Adapters, gather
-from peftsurgery.commands.export_onnx import loaded, operated, parity_table, signature_of
+from peftsurgery.commands.exporting import parity_table
+from peftsurgery.commands.operating import loaded, operated, signature_of
 from peftsurgery.commands.report import Report
+from peftsurgery.disk.checkpoint import INDEX, SINGLE
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Event, Listener, ignore
 from peftsurgery.reading import AS_PEFT, Reading
@@ -55,7 +57,7 @@ def verify(
     """
     from peftsurgery.graph import parity
 
-    if _graph(against) is not None:
+    if _graph(against) is not None and not _checkpoint(against):
         raise PlanError(
             f"{against} is a graph; the reference of a comparison is a torch model. Swap the two: "
             f"`peftsurgery verify {against} --against MODEL`."
@@ -105,13 +107,18 @@ def _runner(model: nn.Module | str | Path, said: Signature, trust: bool) -> tupl
 
 
 def _graph(model: nn.Module | str | Path) -> Path | None:
-    """The `.onnx` file that `model` is, or holds where it holds no checkpoint."""
+    """The `.onnx` file that `model` is, or holds."""
     if not isinstance(model, str | Path):
         return None
     path = Path(model)
     return (
         path if path.suffix == ".onnx" else path / "model.onnx" if (path / "model.onnx").is_file() else None
     )
+
+
+def _checkpoint(model: nn.Module | str | Path) -> bool:
+    """Whether a directory holds a checkpoint, be there a graph beside it or not."""
+    return isinstance(model, str | Path) and any((Path(model) / name).is_file() for name in (SINGLE, INDEX))
 
 
 def _dtype(live: nn.Module) -> torch.dtype:

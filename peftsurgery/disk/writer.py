@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from peftsurgery.errors import CheckpointError
 
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OTHER_DISK = "the checkpoint is on another file system"
+FICLONE = 0x40049409
+"""Linux's request to share a file's blocks (ioctl_ficlone(2))."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,27 @@ def staged(out: Path) -> Iterator[Path]:
         _sync_directory(final.parent)
 
 
+@contextmanager
+def added(directory: Path, *names: str) -> Iterator[tuple[Path, ...]]:
+    """Hidden files to write in an existing directory, which get their names when the block ends well.
+
+    No other file of the directory is opened, and what goes wrong leaves none of them.
+    """
+    mark = f"partial-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = tuple(directory / f".{name}.{mark}" for name in names)
+    try:
+        yield temporary
+        with _writing(directory):
+            for file in temporary:
+                _sync(file)
+            for file, name in zip(temporary, names, strict=True):
+                file.replace(directory / name)
+            _sync_directory(directory)
+    finally:
+        for file in temporary:
+            file.unlink(missing_ok=True)
+
+
 def write_safetensors(
     file: Path, entries: Sequence[Entry], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> None:
@@ -112,6 +137,48 @@ def copy_file(source: Path, target: Path) -> None:
     """
     with _writing(target):
         shutil.copyfile(source, target)
+
+
+def lend(source: Path, target: Path) -> tuple[str, str]:
+    """Give `target` the bytes of `source`, written again only where that cannot be helped.
+
+    What comes back is how, `reflink`, `hard link` or `copy`, and the reason of a copy. A reflink is a file
+    of its own; a hard link is the same file under a second name. A link of a cache is never hard-linked,
+    for what it leads to is the cache's.
+
+    Raises:
+        CheckpointError: the file cannot be read or written.
+    """
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    if _reflinked(source, target):
+        return "reflink", ""
+    if source.is_symlink():
+        copy_file(source, target)
+        return "copy", f"{source.name} is a symbolic link, as in a cache"
+    try:
+        os.link(source, target)
+    except OSError as error:
+        copy_file(source, target)
+        return "copy", OTHER_DISK if error.errno == errno.EXDEV else error.strerror or str(error)
+    return "hard link", ""
+
+
+def _reflinked(source: Path, target: Path) -> bool:
+    """Whether the file system made `target` share the blocks of `source`; if not, there is no `target`."""
+    if sys.platform != "linux":
+        return False
+    import fcntl
+
+    with _writing(target):
+        here = target.open("xb")
+    try:
+        with here, source.open("rb") as there:
+            fcntl.ioctl(here.fileno(), FICLONE, there.fileno())
+    except OSError:
+        target.unlink()
+        return False
+    return True
 
 
 @contextmanager

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.errors import ExportError, UnsupportedModel
-from peftsurgery.graph import passes, sites, virtual
+from peftsurgery.graph import passes, reference, sites, virtual
 from peftsurgery.graph.inputs import generated
 from peftsurgery.graph.posture import eager, evaluating
+from peftsurgery.graph.reference import Span
 from peftsurgery.graph.signature import RECORDED, Signature, call, cause
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def trace(
     opset: int = OPSET,
     tables: Collection[str] = (),
     tokens: Mapping[str, Tensor] | None = None,
+    held: Mapping[str, Span] | None = None,
 ) -> ir.Model:
     """The model as an ONNX graph, dynamic in batch and length; the model is left as it was.
 
@@ -61,6 +63,7 @@ def trace(
         tables: initializers that hold virtual tokens and are evaluated as far as they go.
         tokens: what to call the evaluated parts → their values (see `virtual.bake`).
         opset: version of the ONNX operators.
+        held: where the initializers lie whose parameters have no bytes; they stay there, (out, in).
 
     Raises:
         UnsupportedModel: torch cannot trace it.
@@ -70,7 +73,9 @@ def trace(
     with evaluating(flat), eager(model), _quiet():
         graph = _traced(flat, signature, opset)
     parameters = _rename(graph, model, names)
+    reference.point(graph, held or {})
     passes.lean(graph, parameters, bake=partial(virtual.bake, tables=tables, tokens=tokens or {}))
+    reference.read_as_stored(graph)
     _dress(graph, signature)
     _record(graph, signature)
     sites.alias(graph, parameters)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -36,13 +37,14 @@ def lean(
         return False if any(value is not None and value.name in kept for value in node.inputs) else None
 
     common.InlinePass()(model)
-    optimizer.fold_constants(
-        model,
-        onnx_shape_inference=True,
-        input_size_limit=FOLDED,
-        output_size_limit=FOLDED,
-        should_fold=foldable,
-    )
+    with _unread(model):
+        optimizer.fold_constants(
+            model,
+            onnx_shape_inference=True,
+            input_size_limit=FOLDED,
+            output_size_limit=FOLDED,
+            should_fold=foldable,
+        )
     if bake is not None:
         bake(model)
     ir.passes.Sequential(
@@ -55,6 +57,22 @@ def lean(
     )(model)
     forget(model)
     store_transposed(model)
+
+
+@contextmanager
+def _unread(model: ir.Model) -> Iterator[None]:
+    """No value that lies in a file: shape inference would open the file for the smallest of them."""
+    import onnx_ir as ir
+
+    values = model.graph.initializers.values()
+    held = [(v, v.const_value) for v in values if isinstance(v.const_value, ir.ExternalTensor)]
+    for value, _ in held:
+        value.const_value = None
+    try:
+        yield
+    finally:
+        for value, tensor in held:
+            value.const_value = tensor
 
 
 def forget(model: ir.Model) -> None:
@@ -72,8 +90,15 @@ def forget(model: ir.Model) -> None:
 
 
 def store_transposed(model: ir.Model) -> None:
-    """`Transpose(W)` of a matrix that nobody else reads becomes W, stored transposed, under its old name."""
+    """`Transpose(W)` of a matrix that nobody else reads becomes W, stored transposed, under its old name.
+
+    What lies in a file stays as it is there.
+    """
+    import onnx_ir as ir
+
     for value in list(model.graph.initializers.values()):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            continue
         users = [node for node, _ in value.uses()]
         if users and all(swaps(node) for node in users) and not value.is_graph_output():
             _turn(model, value, users)

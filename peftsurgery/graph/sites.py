@@ -22,7 +22,7 @@ def sites(model: ir.Model) -> list[Site]:
     """Every initializer named `X.weight` that a node reads, in the graph's order.
 
     The second factor of a MatMul is a linear map stored (in, out), below a Transpose or in a Gemm
-    with transB (out, in); what a Gather looks rows up in is an embedding; a Conv with one group is
+    or FusedMatMul with transB (out, in); what a Gather looks rows up in is an embedding; a Conv with one group is
     a convolution. A tied weight is listed once, as the embedding.
     """
     values = model.graph.initializers.items()
@@ -84,6 +84,8 @@ def _use(node: ir.Node, index: int, rank: int) -> Role:
         case "MatMul", 1, 2:
             return Kind.LINEAR, Layout.IN_OUT
         case "Gemm", 1, 2:
+            return Kind.LINEAR, Layout.OUT_IN if _int(node, "transB", 0) else Layout.IN_OUT
+        case "FusedMatMul", 1, 2:
             return Kind.LINEAR, Layout.OUT_IN if _int(node, "transB", 0) else Layout.IN_OUT
         case "Gather", 0, 2 if _int(node, "axis", 0) == 0:
             return Kind.EMBEDDING, Layout.IN_OUT

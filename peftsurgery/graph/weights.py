@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftsurgery.errors import CheckpointError, ExportError, MissingShard, TruncatedShard, UnsafePath
+from peftsurgery.graph.passes import as_ir, as_torch
 
 if TYPE_CHECKING:
     import onnx
@@ -103,7 +104,7 @@ def save(model: ir.Model, directory: Path, name: str = "model.onnx", *, inline: 
     """Write the graph into an existing directory, and say which files hold it; checked and synced.
 
     Weights of `inline` bytes or more go to one file `<name>_data` beside it, a tensor at a time; those that
-    lie in a file already (`share`) stay there.
+    lie in a file of the directory already (`share`, `reference`) stay there, and no others do.
 
     Raises:
         ExportError: what was written is not valid ONNX.
@@ -113,8 +114,10 @@ def save(model: ir.Model, directory: Path, name: str = "model.onnx", *, inline: 
     import onnx_ir as ir
 
     path, data = directory / name, directory / f"{name}_data"
-    linked = any(isinstance(v.const_value, ir.ExternalTensor) for v in model.graph.initializers.values())
+    linked = any(_lies_in(value.const_value, directory) for value in model.graph.initializers.values())
     apart = nbytes(model) >= inline and not linked
+    if not apart:
+        _take_in(model, directory)
     ir.save(model, path, external_data=data.name if apart else None)
     try:
         onnx.checker.check_model(_unlinked(path) if linked else os.fspath(path))
@@ -124,6 +127,40 @@ def save(model: ir.Model, directory: Path, name: str = "model.onnx", *, inline: 
     for file in (*files, directory):
         _sync(file)
     return files
+
+
+def check_readable(model: ir.Model) -> None:
+    """Refuse a graph whose weights onnx does not read, before one of them is needed.
+
+    Raises:
+        CheckpointError: a file of external weights is a hard link.
+    """
+    import onnx_ir as ir
+
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).stat().st_nlink > 1:
+            raise CheckpointError(
+                f"{str(tensor.location)!r}, which holds {tensor.name!r}, is a hard link, which onnx refuses to read. "
+                "Merge into the model's directory instead (`peftsurgery merge MODEL ADAPTER -o OUT`) and export "
+                "that; nothing was written."
+            )
+
+
+def _lies_in(tensor: ir.TensorProtocol | None, directory: Path) -> bool:
+    import onnx_ir as ir
+
+    return isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir).resolve() == directory.resolve()
+
+
+def _take_in(model: ir.Model, directory: Path) -> None:
+    """Hold in the graph itself what lies in files of another directory."""
+    import onnx_ir as ir
+
+    for value in model.graph.initializers.values():
+        held = value.const_value
+        if isinstance(held, ir.ExternalTensor) and not _lies_in(held, directory):
+            value.const_value = as_ir(as_torch(held), value.name)
 
 
 def _unlinked(path: Path) -> onnx.ModelProto:

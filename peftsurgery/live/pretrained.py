@@ -81,13 +81,21 @@ def load(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
         )
-    lost = sorted(name for name in info["missing_keys"] if not _inside(name, fresh))
+    check_complete(path, cls.__name__, [name for name in info["missing_keys"] if not inside(name, fresh)])
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def check_complete(path: Path, cls: str, lost: Collection[str]) -> None:
+    """Refuse a checkpoint that lacks what its model needs.
+
+    Raises:
+        CheckpointError: something is lost.
+    """
     if lost:
         raise CheckpointError(
-            f"{path} lacks {listing(lost)}, which {cls.__name__} needs, and random weights are no answer. "
+            f"{path} lacks {listing(sorted(lost))}, which {cls} needs, and random weights are no answer. "
             "Take the checkpoint or the adapter that holds them, or another `--task`."
         )
-    return model.eval()  # type: ignore[no-any-return]
 
 
 def skeleton(
@@ -95,9 +103,15 @@ def skeleton(
 ) -> nn.Module:
     """The model's tree on the meta device: names, shapes and ties, no weight read."""
     found = config(path, labels, trust_remote_code=trust_remote_code)
-    cls = model_class(found, task, trust_remote_code=trust_remote_code)
-    with _quiet(), torch.device("meta"):
-        model = cls(found) if not hasattr(cls, "_model_mapping") else cls.from_config(found)
+    with torch.device("meta"):
+        return built(found, task, trust_remote_code=trust_remote_code)
+
+
+def built(config: Any, task: Task | None, *, trust_remote_code: bool = False) -> nn.Module:
+    """A model that no weights were read for; where its tensors lie is the caller's context."""
+    cls = model_class(config, task, trust_remote_code=trust_remote_code)
+    with _quiet():
+        model = cls(config) if not hasattr(cls, "_model_mapping") else cls.from_config(config)
     model.tie_weights()
     return model.eval()  # type: ignore[no-any-return]
 
@@ -143,7 +157,8 @@ def _mapped(auto: Any, config: Any, trust_remote_code: bool) -> Any:
     return cls[0] if isinstance(cls, tuple | list) else cls
 
 
-def _inside(name: str, modules: Collection[str]) -> bool:
+def inside(name: str, modules: Collection[str]) -> bool:
+    """Whether a parameter is one of these modules', of whatever model they are a part."""
     return any(f".{module}." in f".{name}." for module in modules)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftsurgery.errors import PlanError
 from peftsurgery.live.grafts import Graft
@@ -87,6 +87,24 @@ def require_grad(parameters: Iterable[nn.Parameter], flag: bool) -> None:
     """Let the parameters train, or keep them from it."""
     for parameter in parameters:
         parameter.requires_grad_(flag)
+
+
+def refill(model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> None:
+    """Put what `make` gives in the place of each parameter; a tied one is made once and stays tied."""
+    made: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                # The old one is held, for an address that is free again may be another's.
+                pair = made.setdefault(id(parameter), (parameter, make(parameter)))
+                module._parameters[name] = pair[1]
+
+
+def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values into the buffers of these names."""
+    buffers = dict(model.named_buffers())
+    for name, value in values.items():
+        buffers[name].copy_(value)
 
 
 def annotate(model: nn.Module, chart: object | None) -> None:

@@ -1,0 +1,143 @@
+"""export-onnx --weights reference: the weights stay in the checkpoint's files, and the graph points there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftsurgery.commands.exporting import Order, certificate, companions, report, traced, verified
+from peftsurgery.commands.operating import operated, stays
+from peftsurgery.commands.report import Report, size
+from peftsurgery.commands.stored_weights import Base, base_of
+from peftsurgery.disk.writer import added, lend, staged, write_json
+from peftsurgery.errors import CheckpointError, ExportError, listing
+from peftsurgery.events import Event, Listener
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from peftsurgery.graph.parity import Parity
+    from peftsurgery.graph.signature import Signature
+
+GRAPH, CERTIFICATE = "model.onnx", "peftsurgery.json"
+
+
+def export_by_reference(order: Order, listen: Listener) -> Report:
+    """Export a model without reading its weights, and verify it with them.
+
+    Raises:
+        ExportError: it is a live model, an adapter would have to be merged, or weights are not stored as the
+            model computes with them.
+        CheckpointError: the files are not what the model needs, or `out` cannot be written.
+        UnsupportedModel, ParityError: as `export_onnx` does.
+    """
+    _check(order)
+    listen(Event("export", "tracing", 0, 3))
+    base = base_of(order, order.model)
+    beside = order.out.expanduser().resolve() == base.checkpoint.path.resolve()
+    if beside:
+        _check_own(base)
+    with operated(base.model, *order.worn) as live:
+        graph, signature = traced(live, order, base.spans())
+    listen(Event("export", "writing", 1, 3))
+    write = _beside if beside else _apart
+    done = write(order, base, graph, signature, listen)
+    listen(Event("export", "done", 3, 3))
+    return done
+
+
+def _check(order: Order) -> None:
+    if not isinstance(order.model, str | Path):
+        raise ExportError(
+            "A live model's weights lie in no file that a graph could read. Give its directory, or export with "
+            "`--weights copy`; nothing was written."
+        )
+    merged = [a.name for a in order.adapters if not order.factored and not stays(a)]
+    if merged:
+        raise ExportError(
+            f"{listing(merged)} would be merged, and the merged weights lie in no file yet. Write them once, "
+            f"`peftsurgery merge {order.model} ADAPTER -o MERGED`, and export that, `peftsurgery export-onnx MERGED "
+            "--weights reference -o OUT`; or keep the factors with `--factored`. Nothing was written."
+        )
+
+
+def _check_own(base: Base) -> None:
+    path = base.checkpoint.path
+    if (path / GRAPH).exists():
+        raise CheckpointError(
+            f"{path} holds a {GRAPH} already. Move it away, or name another `-o`; nothing was written."
+        )
+    links = [shard.file.name for shard in base.checkpoint.shards if shard.file.is_symlink()]
+    if links:
+        raise CheckpointError(
+            f"{listing(links)} in {path} is a symbolic link, as in a cache, and ONNX Runtime follows none that "
+            "leaves the graph's directory. Name another `-o`; nothing was written."
+        )
+
+
+def _apart(order: Order, base: Base, graph: ir.Model, signature: Signature, listen: Listener) -> Report:
+    """Into a directory of its own, which gets the checkpoint's files as cheaply as its file system can."""
+    from peftsurgery.graph import reference, weights
+
+    source = base.checkpoint.path
+    with staged(order.out) as directory:
+        lent = {name: lend(source / name, directory / name) for name in reference.files(graph)}
+        reference.move(graph, directory)
+        weights.save(graph, directory, GRAPH)
+        companions(order, base.model, directory)
+        parity = _compared(order, signature, directory / GRAPH, listen)
+        write_json(directory / CERTIFICATE, certificate(base.model, order, parity))
+        copied = sum((directory / name).stat().st_size for name, (way, _) in lent.items() if way == "copy")
+        written = (directory / GRAPH).stat().st_size + copied
+        more = _facts(graph, {name: way for name, (way, _) in lent.items()}, _said(lent))
+        return report(base.model, order, written, signature, parity, more)
+
+
+def _beside(order: Order, base: Base, graph: ir.Model, signature: Signature, listen: Listener) -> Report:
+    """Beside the checkpoint's own files, none of which is touched."""
+    from peftsurgery.graph import reference, weights
+
+    path = base.checkpoint.path
+    with added(path, GRAPH, CERTIFICATE) as (file, said):
+        weights.save(graph, path, file.name)
+        parity = _compared(order, signature, file, listen)
+        before = _made(path / CERTIFICATE)
+        write_json(said, {**certificate(base.model, order, parity), **({"model": before} if before else {})})
+        more = _facts(graph, dict.fromkeys(reference.files(graph), "own"), "the checkpoint's own, untouched")
+        return report(base.model, order, file.stat().st_size, signature, parity, more)
+
+
+def _made(file: Path) -> Any:
+    """What a `peftsurgery.json` says of how the checkpoint was made, for it stands where ours will."""
+    if not file.is_file():
+        return None
+    said = json.loads(file.read_text())
+    return said.get("model") if said.get("verb") == "export-onnx" else said
+
+
+def _compared(order: Order, signature: Signature, graph: Path, listen: Listener) -> Parity | None:
+    listen(Event("export", "verifying", 2, 3))
+    if not order.verify:
+        return None
+    with operated(order.model, *order.worn) as live:
+        return verified(live, signature, graph, order.tolerance)
+
+
+def _facts(graph: ir.Model, ways: dict[str, str], said: str) -> dict[str, Any]:
+    from peftsurgery.graph import reference
+
+    return {"referenced": size(reference.nbytes(graph)), "weights": said, "files": dict(ways)}
+
+
+def _said(lent: dict[str, tuple[str, str]]) -> str:
+    """How the checkpoint's files came beside the graph, in words for a person."""
+    ways = {way for way, _ in lent.values()}
+    words = []
+    if "copy" in ways:
+        words.append(f"copied, for {', '.join(sorted({why for way, why in lent.values() if way == 'copy'}))}")
+    if "hard link" in ways:
+        words.append("hard links, which ONNX Runtime reads and onnx's own checker and loader refuse")
+    if "reflink" in ways:
+        words.append("reflinks, files of their own that share their blocks with the checkpoint's")
+    return "; ".join(words)

@@ -1,0 +1,159 @@
+"""What every export does: trace, lay companions beside the graph, compare with torch, certify, report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftsurgery import __version__
+from peftsurgery.adapter import Adapter
+from peftsurgery.commands.companions import carry, merged_config
+from peftsurgery.commands.operating import signature_of, stays
+from peftsurgery.commands.report import Report, size
+from peftsurgery.disk.locate import locate
+from peftsurgery.disk.writer import write_json
+from peftsurgery.live import soft
+from peftsurgery.live.active import canonical_name
+from peftsurgery.reading import Reading
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftsurgery.graph.parity import Parity
+    from peftsurgery.graph.reference import Span
+    from peftsurgery.graph.signature import Signature
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What is to be exported, and how: the words of `export_onnx`, its adapters loaded."""
+
+    model: nn.Module | str | Path
+    adapters: list[Adapter]
+    out: Path
+    factored: bool
+    task: str | None
+    opset: int
+    verify: bool
+    tolerance: float | None
+    reading: Reading
+    trust_remote_code: bool
+
+    @property
+    def worn(self) -> tuple[list[Adapter], bool, str | None, bool, Reading]:
+        """What `operated` takes beside the model."""
+        return self.adapters, self.factored, self.task, self.trust_remote_code, self.reading
+
+    @property
+    def form(self) -> str:
+        """What became of the adapters."""
+        forms = dict.fromkeys(
+            "factored" if self.factored else "grafted" if stays(a) else "merged" for a in self.adapters
+        )
+        return " + ".join(forms) or "base"
+
+
+def traced(live: nn.Module, order: Order, held: Mapping[str, Span] | None = None) -> tuple[Any, Signature]:
+    """The graph and its signature; initializers in `held` stay where they lie."""
+    from peftsurgery.graph.export import trace
+
+    said = signature_of(live, order.task)
+    tables, tokens = soft.named(live)
+    names = partial(canonical_name, live)
+    tabled = [names(table) for table in tables]
+    return trace(live, said, names=names, opset=order.opset, tables=tabled, tokens=tokens, held=held), said
+
+
+def companions(order: Order, live: nn.Module, directory: Path) -> None:
+    """The model's configuration, and what else travels with it where it comes from a directory."""
+    if isinstance(order.model, str | Path):
+        source = locate(order.model)
+        carry(source, directory)
+        write_json(directory / "config.json", merged_config(source, live, dtype=None, untied=False))
+        return
+    config: Any = live.config
+    write_json(directory / "config.json", config.to_dict())
+
+
+def verified(live: nn.Module, signature: Signature, graph: Path, tolerance: float | None) -> Parity:
+    """The comparison of the graph in a file with the live model.
+
+    Raises:
+        ParityError: they do not agree.
+    """
+    from peftsurgery.graph import parity
+    from peftsurgery.graph.session import Session
+
+    dtype = next(live.parameters()).dtype
+    found = parity.compare(
+        Session(graph),
+        parity.torch_runner(live, signature),
+        signature,
+        tolerance=parity.tolerance(dtype) if tolerance is None else tolerance,
+    )
+    return parity.check(found)
+
+
+def certificate(live: nn.Module, order: Order, parity: Parity | None) -> dict[str, Any]:
+    """What `peftsurgery.json` says of an export."""
+    import onnxruntime
+    import transformers
+
+    return {
+        "peftsurgery": __version__,
+        "verb": "export-onnx",
+        "architecture": type(live).__name__,
+        "adapters": [{"name": a.name, "base": a.base} for a in order.adapters],
+        "form": order.form,
+        "opset": order.opset,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "onnxruntime": onnxruntime.__version__,
+        },
+        "parity": None if parity is None else parity.to_dict(),
+    }
+
+
+def report(
+    live: nn.Module,
+    order: Order,
+    nbytes: int,
+    signature: Signature,
+    parity: Parity | None,
+    more: Mapping[str, Any] | None = None,
+) -> Report:
+    """The report of an export that wrote `nbytes`; `more` facts come last."""
+    facts: dict[str, Any] = {
+        "architecture": type(live).__name__,
+        "form": order.form,
+        "inputs": [port.name for port in signature.inputs],
+        "outputs": [port.name for port in signature.outputs],
+        "size": size(nbytes),
+        "out": str(order.out),
+        "parity": None if parity is None else parity.to_dict(),
+        **(more or {}),
+    }
+    table = parity_table(parity) if parity is not None else ()
+    headline = (
+        "Exported; not compared with torch." if parity is None else f"Exported, and verified: {parity}."
+    )
+    return Report("export-onnx", headline, facts, table, hint=f"run {order.out}/model.onnx with ONNX Runtime")
+
+
+def parity_table(parity: Parity) -> list[tuple[str, ...]]:
+    """The rows of a comparison: one per output and shape."""
+    rows = [
+        (row.output, f"{row.batch} × {row.length}", f"{row.max_abs_diff:.1e}", _share(row.top1_agreement))
+        for row in parity.rows
+    ]
+    return [("output", "batch × length", "max |difference|", "same top-1"), *rows]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.0%}"

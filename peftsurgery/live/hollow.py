@@ -1,0 +1,76 @@
+"""Models to be traced without their weights: parameters without bytes, buffers with their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from peftsurgery.errors import UnsupportedModel, listing
+from peftsurgery.live import pretrained
+from peftsurgery.live.swap import refill
+from peftsurgery.tasks import Task
+
+
+class Unallocated(TorchFunctionMode):
+    """What is made empty, as parameters are, is made on the meta device; buffers are made of values."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is torch.empty:
+            given["device"] = "meta"
+        return func(*args, **given)
+
+
+def hollow(
+    path: Path,
+    dtype: torch.dtype,
+    *,
+    task: Task | None = None,
+    labels: int | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model of a directory with parameters that have a shape, `dtype` and device, and no bytes.
+
+    They are torch's fake tensors on the CPU: operations on them compute shapes, and what does not
+    depend on them is computed. Buffers hold what the model's own code puts there.
+
+    Raises:
+        CheckpointError: the directory's configuration is not understood.
+        UnsupportedModel: a buffer has no value before a checkpoint is loaded.
+    """
+    config = pretrained.config(path, labels, trust_remote_code=trust_remote_code)
+    config.dtype = dtype
+    with Unallocated(), _default(dtype):
+        model = pretrained.built(config, task, trust_remote_code=trust_remote_code)
+    empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+    if empty:
+        raise UnsupportedModel(
+            f"{type(model).__name__} keeps {listing(empty)} without a value until it is loaded. Export with "
+            "`--weights copy`; nothing was written."
+        )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        refill(model, lambda old: nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=False))
+    return model
+
+
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
