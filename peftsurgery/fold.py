@@ -1,19 +1,33 @@
-"""Folding, written once: for every method, every place, every layout and every dtype."""
+"""Folding, written once: for every method, every place, every layout, every dtype and every size.
+
+A tensor is folded tile by tile, a tile being some of its stored rows. The grid of tiles is a function of the
+tensor's shape alone, and every tile is computed by one thread: so neither how a place cuts its work nor how many
+threads share it can change a bit.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
 
 import torch
 from torch import Tensor
 
 from peftsurgery.adapter import Adapter
+from peftsurgery.changes import BiasChange, Change, Replacement, WeightChange
 from peftsurgery.errors import NonFiniteWeight, NotFoldable, UnclaimedSites, listing
 from peftsurgery.events import Event, Listener, ignore
-from peftsurgery.method import Map, Params, WeightMethod
-from peftsurgery.site import Layout
+from peftsurgery.method import WeightMethod
+from peftsurgery.tally import Tally, tally
+from peftsurgery.workers import alone, workers
+
+NARROWEST = 16
+"""Rows of the smallest tile; a matrix product of fewer may take another path, with other bits."""
+TILE = {"cpu": 1 << 18}
+"""Elements of a tile: what a core's cache holds."""
+DEVICE_TILE = 1 << 24
+"""Elements of a tile on an accelerator, which wants few and large operations."""
 
 
 def folded(
@@ -36,12 +50,13 @@ def folded(
     """
     folds = touches(*adapters)
     waiting = set(folds)
-    for name, tensor in tensors:
-        if name in folds:
-            waiting.discard(name)
-            tensor = _fold(name, tensor, folds[name], device, dtype or tensor.dtype)
-            listen(Event("fold", name, len(folds) - len(waiting), len(folds), tensor.nbytes))
-        yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    with workers(torch.get_num_threads()) as pool:
+        for name, tensor in tensors:
+            if name in folds:
+                waiting.discard(name)
+                tensor = _fold(name, tensor, folds[name], device, dtype or tensor.dtype, pool)
+                listen(Event("fold", name, len(folds) - len(waiting), len(folds), tensor.nbytes))
+            yield name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
     if waiting:
         raise UnclaimedSites(
             f"The base has no tensor {listing(sorted(waiting))}. Nothing was kept of the merge.",
@@ -49,16 +64,16 @@ def folded(
         )
 
 
-def touches(*adapters: Adapter) -> dict[str, list[Map]]:
-    """For every tensor name that folding changes, the functions of the stored float32 tensor, in order.
+def touches(*adapters: Adapter) -> dict[str, tuple[Change, ...]]:
+    """For every tensor name that folding changes, what happens to the stored float32 tensor, in order.
 
     Raises:
         NotFoldable: a method that is not a weight method.
     """
-    folds: dict[str, list[Map]] = defaultdict(list)
+    folds: dict[str, list[Change]] = defaultdict(list)
     for adapter in adapters:
         for name, tensor in adapter.replaced.items():
-            folds[name].append(partial(_replaced, tensor))
+            folds[name].append(Replacement(tensor))
         for step in adapter.plan.steps:
             if not isinstance(step.method, WeightMethod):
                 raise NotFoldable(
@@ -66,37 +81,92 @@ def touches(*adapters: Adapter) -> dict[str, list[Map]]:
                     "Export the model with it instead: `peftsurgery export-onnx MODEL --adapter ADAPTER -o OUT`."
                 )
             params = adapter.params[step.site.name]
-            folds[step.site.weight].append(partial(_weight, step.method, step.site.layout, params))
+            folds[step.site.weight].append(WeightChange(step.method, step.site.layout, params))
             if step.method.moves_bias:
-                folds[step.site.bias].append(partial(_bias, step.method, params))
-    return dict(folds)
+                folds[step.site.bias].append(BiasChange(step.method, params))
+    return {name: tuple(changes) for name, changes in folds.items()}
 
 
-def _weight(method: WeightMethod, layout: Layout, params: Params, tensor: Tensor) -> Tensor:
-    near = {name: p.to(tensor) for name, p in params.items()}
-    return layout.stored(method.fold(layout.matrix(tensor), near), tuple(tensor.shape))
+def tiles(
+    changes: Sequence[Change], shape: Sequence[int], device: str | torch.device = "cpu"
+) -> tuple[slice, ...]:
+    """The stored rows that are folded together, for a stored tensor of `shape`, in order.
 
-
-def _bias(method: WeightMethod, params: Params, tensor: Tensor) -> Tensor:
-    return method.fold_bias(tensor, {name: p.to(tensor) for name, p in params.items()})
-
-
-def _replaced(value: Tensor, tensor: Tensor) -> Tensor:
-    return value.to(tensor)
+    One tile of everything where some change cannot be cut, or the tensor has no axis. None is narrower than
+    `NARROWEST` rows, unless the tensor is.
+    """
+    rows = shape[0] if shape else 1
+    if not shape or any(change.cut(slice(0, rows)) is None for change in changes):
+        return (slice(0, rows),)
+    wide = max(1, torch.Size(shape).numel() // max(rows, 1))
+    most = TILE.get(torch.device(device).type, DEVICE_TILE) // wide
+    step = max(NARROWEST, most - most % NARROWEST)
+    count = max(1, rows // step)
+    return tuple(slice(i * step, rows if i == count - 1 else (i + 1) * step) for i in range(count))
 
 
 @torch.no_grad()
-def _fold(
-    name: str, tensor: Tensor, folds: list[Map], device: str | torch.device | None, dtype: torch.dtype
-) -> Tensor:
-    value = tensor.to(device or tensor.device, torch.promote_types(tensor.dtype, torch.float32))
-    for fold in folds:
-        value = fold(value)
-    result = value.to(dtype).to(tensor.device).contiguous()
-    if not result.is_meta and not torch.isfinite(result).all():
+def fold_tile(
+    name: str,
+    changes: Sequence[Change],
+    base: Tensor,
+    rows: slice,
+    out: Tensor,
+    *,
+    device: str | torch.device | None = None,
+    measure: bool = False,
+) -> Tally:
+    """Fold one of `tiles`: `base` holds those rows as stored, and the result is rounded once into `out`.
+
+    Args:
+        changes: from `touches`, for the whole tensor called `name`.
+        rows: where the tile lies in the tensor.
+        device: where it is computed; where `base` lies by default.
+        measure: tell how far the tile moved, and how far rounding put it off; half as long again.
+
+    Raises:
+        NonFiniteWeight: the result, as stored, has a NaN or an infinity.
+    """
+    start = base.to(device or base.device, torch.promote_types(base.dtype, torch.float32))
+    value = start
+    for change in changes:
+        value = (change.cut(rows) or change)(value)
+    out.copy_(value)
+    if not out.is_meta and not torch.isfinite(out.sum(dtype=value.dtype)) and not torch.isfinite(out).all():
         raise NonFiniteWeight(
-            f"Folding into {name!r} gave NaN or infinite values in {str(dtype).removeprefix('torch.')}. "
+            f"Folding into {name!r} gave NaN or infinite values in {str(out.dtype).removeprefix('torch.')}. "
             "Write a wider dtype (`--dtype float32`), or look at the adapter; nothing was kept.",
             tensor=name,
         )
+    return tally(base, start, value, out) if measure else Tally()
+
+
+@torch.inference_mode(False)
+def _fold(
+    name: str,
+    tensor: Tensor,
+    changes: Sequence[Change],
+    device: str | torch.device | None,
+    dtype: torch.dtype,
+    pool: Executor,
+) -> Tensor:
+    where = torch.device(device or tensor.device)
+    result = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+    grid = tiles(changes, tensor.shape, where)
+
+    def fold(rows: slice) -> None:
+        some = (tensor[rows], result[rows]) if tensor.ndim else (tensor, result)
+        fold_tile(name, changes, some[0], rows, some[1], device=where)
+
+    _spread(fold, grid, pool if where.type == "cpu" and len(grid) > 1 else None)
     return result
+
+
+def _spread(fold: Callable[[slice], None], grid: Sequence[slice], pool: Executor | None) -> None:
+    if pool is not None:
+        for _ in pool.map(fold, grid):
+            pass
+        return
+    with alone():
+        for rows in grid:
+            fold(rows)

@@ -129,6 +129,13 @@ class WeightMethod(Method):
     def fold(self, w: Tensor, p: Params) -> Tensor:
         """The new (out, in) weight; `w` and every parameter are float32."""
 
+    def part(self, p: Params, rows: slice, columns: slice) -> Params | None:
+        """The parameters of a block: `fold(W, p)[rows, columns]` is `fold(W[rows, columns], part)`.
+
+        None where the block cannot be folded without the rest; the weight is then folded whole.
+        """
+        return None
+
     @property
     def moves_bias(self) -> bool:
         """Whether `fold_bias` does anything, so that the site must have a bias."""

@@ -111,6 +111,10 @@ class LoRA(WeightMethod):
         a, b = _matrices(p)
         return w + (b @ a) * self.scaling
 
+    def part(self, p: Params, rows: slice, columns: slice) -> Params | None:
+        a, b = next(names for names in A_B.values() if names[0] in p)
+        return {a: p[a].flatten(1)[:, columns], b: p[b][rows]}
+
     def fold_bias(self, bias: Tensor, p: Params) -> Tensor:
         return bias + p[SHIFT] * self.scaling if self.lora_bias else bias
 
