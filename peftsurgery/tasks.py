@@ -13,14 +13,14 @@ class Task:
 
     Args:
         name: what Hugging Face calls it (`text-classification` is `sequence-classification` here).
-        peft: PEFT's `task_type`.
+        peft: PEFT's `task_type`; None where it has no word for it, as for images.
         auto: the transformers class that loads a model for it.
         suffix: how the class names of such models end.
         heads: the modules that PEFT trains and saves beside the adapter, where the model has them.
     """
 
     name: str
-    peft: str
+    peft: str | None
     auto: str
     suffix: str
     heads: tuple[str, ...] = ()
@@ -51,6 +51,7 @@ TASKS = (
     Task("fill-mask", "MASKED_LM", "AutoModelForMaskedLM", "ForMaskedLM"),
     Task("text-generation", "CAUSAL_LM", "AutoModelForCausalLM", "ForCausalLM"),
     Task("text2text-generation", "SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM", "ForConditionalGeneration"),
+    Task("image-classification", None, "AutoModelForImageClassification", "ForImageClassification"),
     Task("feature-extraction", "FEATURE_EXTRACTION", "AutoModel", "Model"),
 )
 SHORT = {
@@ -61,6 +62,7 @@ SHORT = {
     "masked-lm": "fill-mask",
     "causal-lm": "text-generation",
     "seq2seq-lm": "text2text-generation",
+    "image-cls": "image-classification",
 }
 
 
@@ -74,9 +76,10 @@ def task(word: str) -> Task:
     for known in TASKS:
         if name in (known.name, known.peft):
             return known
-    raise PlanError(f"{word!r} is no task. Take one of {listing([t.name for t in TASKS], 9)}.")
+    raise PlanError(f"{word!r} is no task. Take one of {listing([t.name for t in TASKS], len(TASKS))}.")
 
 
 def task_of(class_name: str) -> Task | None:
-    """The task of a model class, by how its name ends."""
-    return next((known for known in TASKS if class_name.endswith(known.suffix)), None)
+    """The task of a model class, by how its name ends; a projection on top changes nothing."""
+    plain = class_name.removesuffix("WithProjection")
+    return next((known for known in TASKS if plain.endswith(known.suffix)), None)

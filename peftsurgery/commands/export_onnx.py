@@ -51,7 +51,7 @@ def export_onnx(
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Report:
-    """Export an encoder to ONNX, dynamic in batch and length, and verify it in ONNX Runtime.
+    """Export an encoder of text or images to ONNX, dynamic in batch and length, and verify it in ONNX Runtime.
 
     `out` receives `model.onnx` (and `model.onnx_data` past 2 GB), `config.json`, the tokenizer and
     `peftsurgery.json`, the certificate of the comparison. Every initializer keeps its parameter's name.

@@ -84,7 +84,10 @@ def trace(
 
 def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
     sample = _sample(flat)
-    free = tuple(dict.fromkeys(range(2), torch.export.Dim.DYNAMIC) for _ in sample)
+    free = tuple(
+        {at: torch.export.Dim.DYNAMIC for at, axis in enumerate(port.axes) if isinstance(axis, str)}
+        for port in signature.inputs
+    )
     try:
         program = torch.onnx.export(
             flat,
@@ -110,7 +113,10 @@ def _sample(flat: Flat) -> tuple[Tensor, ...]:
     # Neither axis is 0 or 1 long, and a row is padded: a mask of ones would be traced away.
     (feed,) = generated(flat.signature, [(2, 11)])
     device = next(flat.parameters()).device
-    return tuple(torch.tensor(feed[port.name], device=device) for port in flat.signature.inputs)
+    return tuple(
+        torch.tensor(feed[port.name], dtype=getattr(torch, port.dtype), device=device)
+        for port in flat.signature.inputs
+    )
 
 
 def _rename(graph: ir.Model, model: nn.Module, names: Callable[[str], str]) -> dict[str, tuple[str, ...]]:

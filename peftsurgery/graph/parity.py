@@ -25,6 +25,7 @@ class Row:
     """One output on one batch.
 
     Args:
+        length: how many tokens a row has, or an image's width in pixels.
         max_abs_diff, mean_abs_diff: over the attended positions; infinite where only one side is finite,
             or where an output is missing or has another shape.
         top1_agreement: share of equal decisions, where the output decides something.
@@ -119,8 +120,8 @@ def check(parity: Parity) -> Parity:
     if worst.max_abs_diff <= parity.tolerance:
         return parity
     raise ParityError(
-        f"{worst.output!r} differs by {worst.max_abs_diff:.3g} on a batch of {worst.batch} × {worst.length} "
-        f"tokens, and {parity.tolerance:g} is allowed. If that is only the dtype's rounding, raise "
+        f"{worst.output!r} differs by {worst.max_abs_diff:.3g} on a batch of {worst.batch} × {worst.length}, "
+        f"and {parity.tolerance:g} is allowed. If that is only the dtype's rounding, raise "
         "`--tolerance`; otherwise report the model's class.",
         max_abs_diff=worst.max_abs_diff,
         tolerance=parity.tolerance,
@@ -133,7 +134,10 @@ def torch_runner(model: nn.Module, signature: Signature) -> Runner:
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         device = next(model.parameters()).device
-        given = {port.name: torch.tensor(feeds[port.name], device=device) for port in signature.inputs}
+        given = {
+            port.name: torch.tensor(feeds[port.name], dtype=getattr(torch, port.dtype), device=device)
+            for port in signature.inputs
+        }
         with evaluating(model):
             found = call(model, given)
         return {port.name: found[port.name].double().cpu().numpy() for port in signature.outputs}
@@ -144,7 +148,8 @@ def torch_runner(model: nn.Module, signature: Signature) -> Runner:
 def _rows(
     found: Mapping[str, Array], expected: Mapping[str, Array], feed: Mapping[str, Array], signature: Signature
 ) -> Iterator[Row]:
-    batch, length = feed["input_ids"].shape
+    first = feed[signature.inputs[0].name]
+    batch, length = first.shape[0], first.shape[-1]
     mask = feed.get("attention_mask", np.ones((batch, length))).astype(bool)
     for port in signature.outputs:
         a, b = (np.asarray(side.get(port.name)).astype(np.float64) for side in (found, expected))

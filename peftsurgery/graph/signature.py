@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +17,26 @@ from peftsurgery.tasks import task as task_named
 
 BATCH, LENGTH = "batch_size", "sequence_length"
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+PIXELS = "pixel_values"
 OUTPUTS: Mapping[str, Mapping[str, bool]] = {
     "sequence-classification": {"logits": False},
     "token-classification": {"logits": True},
     "question-answering": {"start_logits": True, "end_logits": True},
     "fill-mask": {"logits": True},
-    "feature-extraction": {"last_hidden_state": True, "pooler_output": False},
+    "image-classification": {"logits": False},
+    "feature-extraction": {
+        "text_embeds": False,
+        "image_embeds": False,
+        "last_hidden_state": True,
+        "pooler_output": False,
+    },
 }
 """For each task, its outputs, and whether there is one for every token."""
 RECORDED = "peftsurgery."
 """How the keys begin under which a graph keeps what its ports do not say."""
 PROBED = 3
 """How many tokens the rows have on which a model is run to see what it gives."""
-OPTIONAL = frozenset({"pooler_output"})
+OPTIONAL = frozenset({"text_embeds", "image_embeds", "pooler_output"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,32 +81,57 @@ class Signature:
 
 
 def signature(model: nn.Module, task: str | None = None) -> Signature:
-    """The signature of a transformers encoder; the model is run once, on two short rows of tokens.
+    """The signature of a transformers encoder; the model is run once, on two short rows of tokens or two images.
 
     Args:
         task: a word for the task; by default what the class is for.
 
     Raises:
-        UnsupportedModel: the model is no encoder over tokens, or does not play the task.
+        UnsupportedModel: the model is no encoder over tokens or pixels, or does not play the task.
         PlanError: no task is called so.
     """
-    config, said = _config(model), _task(model, task)
-    accepted = inspect.signature(model.forward).parameters
-    types = getattr(config, "type_vocab_size", 2)
-    names = [n for n in INPUTS if n in accepted and (n != "token_type_ids" or types > 1)]
+    sees = _sees(model)
+    ports = _pixels(model) if sees else _tokens(model)
+    said, config, given = _task(model, task), cast(Any, model.config), _probe(model, ports)
     pad = getattr(config, "pad_token_id", None) or 0
-    given = _probe(model, names)
     return Signature(
-        inputs=tuple(Port(name, "int64", (BATCH, LENGTH)) for name in names),
+        inputs=ports,
         outputs=tuple(
-            _port(name, given[name], per_token) for name, per_token in _offered(model, said, given)
+            _port(name, given[name], per_token and not sees)
+            for name, per_token in _offered(model, said, given)
         ),
         task=said.name,
-        vocab_size=config.vocab_size,
+        vocab_size=getattr(config, "vocab_size", 0),
         pad_id=pad,
-        type_vocab_size=types,
+        type_vocab_size=_types(config),
         longest=longest(getattr(config, "max_position_embeddings", None), pad),
     )
+
+
+def _sees(model: nn.Module) -> bool:
+    """Whether the model takes pixels alone."""
+    accepted = inspect.signature(model.forward).parameters
+    return PIXELS in accepted and "input_ids" not in accepted and hasattr(model, "config")
+
+
+def _pixels(model: nn.Module) -> tuple[Port, ...]:
+    """An image as the configuration says it; transformers interpolates positions for no other unasked."""
+    config: Any = model.config
+    size = config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    axes = (BATCH, getattr(config, "num_channels", 3), height, width)
+    return (Port(PIXELS, str(dtype).removeprefix("torch."), axes),)
+
+
+def _tokens(model: nn.Module) -> tuple[Port, ...]:
+    config, accepted = _config(model), inspect.signature(model.forward).parameters
+    names = [n for n in INPUTS if n in accepted and (n != "token_type_ids" or _types(config) > 1)]
+    return tuple(Port(name, "int64", (BATCH, LENGTH)) for name in names)
+
+
+def _types(config: Any) -> int:
+    return getattr(config, "type_vocab_size", 2)
 
 
 def longest(positions: int | None, pad_id: int) -> int:
@@ -156,15 +188,24 @@ def _task(model: nn.Module, word: str | None) -> Task:
     return found
 
 
-def _probe(model: nn.Module, names: list[str]) -> Mapping[str, Any]:
+def _probe(model: nn.Module, ports: tuple[Port, ...]) -> Mapping[str, Any]:
     device = next(model.parameters()).device
-    feeds = {name: torch.full((2, PROBED), int(name != "token_type_ids"), device=device) for name in names}
+    sizes = {BATCH: 2, LENGTH: PROBED}
+    feeds = {
+        port.name: torch.full(
+            [axis if isinstance(axis, int) else sizes[axis] for axis in port.axes],
+            int(port.name != "token_type_ids"),
+            dtype=getattr(torch, port.dtype),
+            device=device,
+        )
+        for port in ports
+    }
     try:
         with evaluating(model):
             return call(model, feeds)
     except Exception as error:  # whatever the model's own code raises
         raise UnsupportedModel(
-            f"{_name(model)} does not run on plain tokens: {cause(error)}. Make it work in torch first."
+            f"{_name(model)} does not run on plain input: {cause(error)}. Make it work in torch first."
         ) from error
 
 
@@ -195,4 +236,4 @@ def _name(model: nn.Module) -> str:
 
 def _supported() -> str:
     words = [task.name for task in TASKS if task.name in OUTPUTS]
-    return f"Encoders can be exported for {listing(words, len(words))}."
+    return f"Encoders of text and images can be exported for {listing(words, len(words))}."

@@ -114,6 +114,7 @@ _T5 = Stack(
     ),
 )
 _LLAMA = Stack("layers", _pre_norm("self_attn", "input_layernorm", "mlp", "post_attention_layernorm"))
+_CLIP = Stack("layers", _pre_norm("self_attn", "layer_norm1", "mlp", "layer_norm2"))
 
 STACKS: Mapping[str, Stack] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta-v2"), _BERT),
@@ -133,6 +134,7 @@ STACKS: Mapping[str, Stack] = {
         _pre_norm("attention", "layernorm_before", "mlp", "layernorm_after", place=f"output.{FF}"),
         drops=True,
     ),
+    **dict.fromkeys(("clip_text_model", "clip_vision_model"), _CLIP),
 }
 """Model type → its layers."""
 

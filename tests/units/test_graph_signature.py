@@ -43,6 +43,17 @@ def test_token_types_are_an_input_only_where_there_are_several() -> None:
     assert signature(roberta).longest == roberta.config.max_position_embeddings - 2
 
 
+def test_images_have_the_size_that_the_configuration_says() -> None:
+    config = t.ViTConfig(**SMALL, image_size=(8, 12), patch_size=4, num_channels=1, num_labels=5)
+    said = signature(t.ViTForImageClassification(config).half(), "image-cls")
+    assert said.inputs == (Port("pixel_values", "float16", (BATCH, 1, 8, 12)),)
+    assert said.outputs == (Port("logits", "float16", (BATCH, 5)),)
+    assert (said.task, said.longest) == ("image-classification", 0)
+    features = signature(t.ViTModel(config, add_pooling_layer=False))
+    assert features.outputs == (Port("last_hidden_state", "float32", (BATCH, 7, 32)),)
+    assert not features.outputs[0].per_token
+
+
 def test_the_model_is_left_in_its_mode() -> None:
     model = bert().train()
     model.bert.pooler = None
@@ -59,7 +70,7 @@ REFUSED = [
         lambda: t.T5Model(t.T5Config(d_model=32, d_ff=48, num_layers=1, num_heads=4, vocab_size=101)),
         "decoder",
     ),
-    (lambda: t.ViTModel(t.ViTConfig(**SMALL)), "over tokens"),
+    (lambda: t.CLIPModel(t.CLIPConfig()), "over tokens"),
     (lambda: nn.Linear(2, 2), "over tokens"),
     (lambda: t.BertForNextSentencePrediction(CONFIG), "no task"),
 ]
