@@ -24,7 +24,7 @@ from peftsurgery.reading import Reading
 if TYPE_CHECKING:
     from torch import nn
 
-    from peftsurgery.graph.parity import Parity
+    from peftsurgery.graph.parity import Parity, Row
     from peftsurgery.graph.reference import Span
     from peftsurgery.graph.signature import Signature
 
@@ -147,11 +147,14 @@ def report(
 
 
 def parity_table(parity: Parity) -> list[tuple[str, ...]]:
-    """The rows of a comparison: one per output and shape."""
-    rows = [
-        (row.output, f"{row.batch} × {row.length}", f"{row.max_abs_diff:.1e}", _share(row.top1_agreement))
-        for row in parity.rows
-    ]
+    """The rows of a comparison: one per output and shape, the keys and values of all layers together."""
+    worst: dict[tuple[str, str], Row] = {}
+    for row in parity.rows:
+        output = row.output.split(".")[0]
+        key = (output, f"{row.batch} × {row.length}" + (f" after {row.past}" if row.past else ""))
+        if key not in worst or row.max_abs_diff > worst[key].max_abs_diff:
+            worst[key] = row
+    rows = [(*key, f"{row.max_abs_diff:.1e}", _share(row.top1_agreement)) for key, row in worst.items()]
     return [("output", "batch × length", "max |difference|", "same top-1"), *rows]
 
 

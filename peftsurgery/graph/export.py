@@ -10,15 +10,16 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from peftsurgery.errors import ExportError, UnsupportedModel
 from peftsurgery.graph import passes, reference, sites, virtual
-from peftsurgery.graph.inputs import generated
+from peftsurgery.graph.inputs import as_torch, batch
 from peftsurgery.graph.posture import eager, evaluating
 from peftsurgery.graph.reference import Span
-from peftsurgery.graph.signature import RECORDED, Signature, call, cause
+from peftsurgery.graph.signature import RECORDED, Port, Signature, call, cause
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 OPSET = 20
 """What most runtimes run; from 23 on, onnxscript fuses rotary embeddings in a way that ORT refuses."""
 PREFIX = "wrapped."
+PAST = 5
+"""How many tokens a traced decoder has seen."""
 
 
 class Flat(nn.Module):
@@ -84,10 +87,7 @@ def trace(
 
 def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
     sample = _sample(flat)
-    free = tuple(
-        {at: torch.export.Dim.DYNAMIC for at, axis in enumerate(port.axes) if isinstance(axis, str)}
-        for port in signature.inputs
-    )
+    free = tuple(_free(port) for port in signature.inputs)
     try:
         program = torch.onnx.export(
             flat,
@@ -109,14 +109,15 @@ def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
     return program.model
 
 
+def _free(port: Port) -> dict[int, Any]:
+    """The axes of an input that may have any length."""
+    return {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(port.axes) if isinstance(axis, str)}
+
+
 def _sample(flat: Flat) -> tuple[Tensor, ...]:
-    # Neither axis is 0 or 1 long, and a row is padded: a mask of ones would be traced away.
-    (feed,) = generated(flat.signature, [(2, 11)])
-    device = next(flat.parameters()).device
-    return tuple(
-        torch.tensor(feed[port.name], dtype=getattr(torch, port.dtype), device=device)
-        for port in flat.signature.inputs
-    )
+    # No axis is 0 or 1 long, and a row is padded: a mask of ones would be traced away.
+    feed = batch(np.random.default_rng(0), flat.signature, 2, 11, PAST)
+    return tuple(as_torch(feed, flat.signature, next(flat.parameters()).device).values())
 
 
 def _rename(graph: ir.Model, model: nn.Module, names: Callable[[str], str]) -> dict[str, tuple[str, ...]]:

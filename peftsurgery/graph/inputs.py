@@ -1,16 +1,29 @@
-"""Inputs that a model really meets: texts of several shapes, padded, within its vocabulary; images as noise."""
+"""Inputs that a model really meets: texts of several shapes, padded, within its vocabulary; images as noise.
+
+A decoder gets its texts padded on the left, as for generating, and with a past: the prompt of a fresh text, tokens
+that follow one, and the one token of a step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from peftsurgery.graph import cache
 from peftsurgery.graph.signature import PIXELS, Port, Signature
 
 Array = npt.NDArray[Any]
+TYPES = {
+    "int64": torch.int64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
 SHAPES = ((1, 8), (3, 17), (2, 64))
 """Rows and columns of the generated batches."""
 
@@ -18,31 +31,63 @@ SHAPES = ((1, 8), (3, 17), (2, 64))
 def generated(
     signature: Signature, shapes: Sequence[tuple[int, int]] = SHAPES, seed: int = 0
 ) -> Iterator[dict[str, Array]]:
-    """Random batches: every row but the first is shorter than the batch and padded on the right.
+    """Random batches: every row but the first is shorter than the batch and padded.
 
-    Images have the one size that the model takes, so of a shape only the rows count.
+    For a decoder, each shape as a fresh text, and after a short past and one of its own length. Images have the one
+    size that the model takes, so of a shape only the rows count.
     """
     random = np.random.default_rng(seed)
+    cached = cache.is_cached(port.name for port in signature.inputs)
     for rows, columns in shapes:
-        if signature.inputs[0].name == PIXELS:
-            yield {PIXELS: _image(random, signature.inputs[0], rows)}
-            continue
-        columns = min(columns, signature.longest or columns)
-        lengths = np.array([max(1, columns - columns * row // rows) for row in range(rows)])
-        mask = np.arange(columns) < lengths[:, None]
-        feed = {
-            "input_ids": np.where(mask, _tokens(random, signature, mask.shape), signature.pad_id),
-            "attention_mask": mask,
-            "token_type_ids": mask * random.integers(0, max(1, signature.type_vocab_size), mask.shape),
-        }
-        yield {port.name: feed[port.name].astype(port.dtype) for port in signature.inputs}
+        for past in (0, 4, columns) if cached else (0,):
+            yield batch(random, signature, rows, min(columns, _room(signature, columns, past)), past)
+
+
+def batch(
+    random: np.random.Generator, signature: Signature, rows: int, columns: int, past: int = 0
+) -> dict[str, Array]:
+    """One random batch; behind a `past` the rows go on with `columns` tokens."""
+    if signature.inputs[0].name == PIXELS:
+        return {PIXELS: _image(random, signature.inputs[0], rows)}
+    total = past + columns
+    lengths = np.array([max(1, total - total * row // rows) for row in range(rows)])
+    left = cache.is_cached(port.name for port in signature.inputs)
+    reached = np.arange(total)[::-1] if left else np.arange(total)
+    mask = reached < lengths[:, None]
+    new = mask[:, past:]
+    feed = {
+        "input_ids": np.where(new, _tokens(random, signature, new.shape), signature.pad_id),
+        "attention_mask": mask,
+        "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, past:],
+        "token_type_ids": new * random.integers(0, max(1, signature.type_vocab_size), new.shape),
+    }
+    for port in signature.inputs:
+        if cache.is_cached([port.name]):
+            heads, width = int(port.axes[1]), int(port.axes[3])
+            feed[port.name] = random.standard_normal((rows, heads, past, width))
+    return {port.name: _as(feed[port.name], port) for port in signature.inputs}
+
+
+def as_torch(
+    feed: Mapping[str, Array], signature: Signature, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """A batch as tensors of the dtypes that the model takes, in the signature's order."""
+    return {p.name: torch.tensor(feed[p.name], device=device).to(TYPES[p.dtype]) for p in signature.inputs}
+
+
+def _room(signature: Signature, columns: int, past: int) -> int:
+    return max(1, signature.longest - past) if signature.longest else columns
+
+
+def _as(array: Array, port: Port) -> Array:
+    # numpy has no bfloat16: whoever feeds such an input makes it of float32.
+    return array.astype("float32" if port.dtype == "bfloat16" else port.dtype)
 
 
 def _image(random: np.random.Generator, port: Port, rows: int) -> Array:
     """Pixels as a processor leaves them: about 0, with a spread of about 1."""
     size = [axis for axis in port.axes[1:] if isinstance(axis, int)]
-    # numpy has no bfloat16; who feeds such a model rounds.
-    return random.standard_normal((rows, *size)).astype(np.float16 if port.dtype == "float16" else np.float32)
+    return _as(random.standard_normal((rows, *size)), port)
 
 
 def _tokens(random: np.random.Generator, signature: Signature, shape: tuple[int, ...]) -> Array:

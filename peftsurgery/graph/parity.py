@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from peftsurgery.errors import ParityError
-from peftsurgery.graph.inputs import SHAPES, Array, generated
+from peftsurgery.graph.inputs import SHAPES, Array, as_torch, generated
 from peftsurgery.graph.posture import evaluating
 from peftsurgery.graph.signature import Port, Signature, call
 
@@ -26,6 +26,7 @@ class Row:
 
     Args:
         length: how many tokens a row has, or an image's width in pixels.
+        past: how many tokens were seen before.
         max_abs_diff, mean_abs_diff: over the attended positions; infinite where only one side is finite,
             or where an output is missing or has another shape.
         top1_agreement: share of equal decisions, where the output decides something.
@@ -37,6 +38,7 @@ class Row:
     max_abs_diff: float
     mean_abs_diff: float
     top1_agreement: float | None
+    past: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +136,8 @@ def torch_runner(model: nn.Module, signature: Signature) -> Runner:
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         device = next(model.parameters()).device
-        given = {
-            port.name: torch.tensor(feeds[port.name], dtype=getattr(torch, port.dtype), device=device)
-            for port in signature.inputs
-        }
         with evaluating(model):
-            found = call(model, given)
+            found = call(model, as_torch(feeds, signature, device))
         return {port.name: found[port.name].double().cpu().numpy() for port in signature.outputs}
 
     return run
@@ -151,19 +149,24 @@ def _rows(
     first = feed[signature.inputs[0].name]
     batch, length = first.shape[0], first.shape[-1]
     mask = feed.get("attention_mask", np.ones((batch, length))).astype(bool)
+    past = mask.shape[1] - length
     for port in signature.outputs:
         a, b = (np.asarray(side.get(port.name)).astype(np.float64) for side in (found, expected))
         if a.shape != b.shape:
-            yield Row(port.name, batch, length, np.inf, np.inf, None)
+            yield Row(port.name, batch, length, np.inf, np.inf, None, past)
             continue
-        seen = _widened(mask, a) if port.per_token else mask
+        if port.token_axis is not None:
+            a, b = (np.moveaxis(side, port.token_axis, 1) for side in (a, b))
+        seen = _fitted(mask, a) if port.per_token else mask
         apart = _apart(a, b)[seen] if port.per_token else _apart(a, b)
-        yield Row(port.name, batch, length, float(apart.max()), float(apart.mean()), _top1(a, b, port, seen))
+        top1 = _top1(a, b, port, seen)
+        yield Row(port.name, batch, length, float(apart.max()), float(apart.mean()), top1, past)
 
 
-def _widened(mask: Array, output: Array) -> Array:
-    """The mask with virtual tokens in front, which every row attends to, where the output has them."""
-    return np.pad(mask, ((0, 0), (output.shape[1] - mask.shape[1], 0)), constant_values=True)
+def _fitted(mask: Array, output: Array) -> Array:
+    """The mask for what comes out: virtual tokens in front, attended by every row, or only the last tokens."""
+    more = output.shape[1] - mask.shape[1]
+    return np.pad(mask, ((0, 0), (max(0, more), 0)), constant_values=True)[:, -output.shape[1] :]
 
 
 def _apart(a: Array, b: Array) -> Array:

@@ -5,25 +5,31 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftsurgery.errors import UnsupportedModel, listing
+from peftsurgery.graph import cache
 from peftsurgery.graph.posture import evaluating
 from peftsurgery.tasks import TASKS, Task, task_of
 from peftsurgery.tasks import task as task_named
 
-BATCH, LENGTH = "batch_size", "sequence_length"
+BATCH, LENGTH, PAST_LENGTH = "batch_size", "sequence_length", "past_sequence_length"
+TOTAL = f"{PAST_LENGTH} + {LENGTH}"
+"""The tokens seen so far and the new ones: how long a mask is, and what comes out of a cache."""
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 PIXELS = "pixel_values"
+CACHED_INPUTS = ("input_ids", "attention_mask", "position_ids")
+GENERATION = "text-generation"
 OUTPUTS: Mapping[str, Mapping[str, bool]] = {
     "sequence-classification": {"logits": False},
     "token-classification": {"logits": True},
     "question-answering": {"start_logits": True, "end_logits": True},
     "fill-mask": {"logits": True},
     "image-classification": {"logits": False},
+    GENERATION: {"logits": True},
     "feature-extraction": {
         "text_embeds": False,
         "image_embeds": False,
@@ -56,7 +62,13 @@ class Port:
     @property
     def per_token(self) -> bool:
         """Whether it has a value for every token, virtual ones included, so that padding matters."""
-        return any(str(axis).startswith(LENGTH) for axis in self.axes)
+        return self.token_axis is not None
+
+    @property
+    def token_axis(self) -> int | None:
+        """The axis that counts tokens, those of the past included."""
+        axes = (i for i, axis in enumerate(self.axes) if str(axis).startswith((LENGTH, PAST_LENGTH)))
+        return next(axes, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +93,35 @@ class Signature:
 
 
 def signature(model: nn.Module, task: str | None = None) -> Signature:
-    """The signature of a transformers encoder; the model is run once, on two short rows of tokens or two images.
+    """The signature of a transformers model; it is run once, on two short rows of tokens or two images.
+
+    For text generation the keys and values of the tokens seen before go in and come out, so that one graph
+    serves the prompt and every token after it.
 
     Args:
         task: a word for the task; by default what the class is for.
 
     Raises:
-        UnsupportedModel: the model is no encoder over tokens or pixels, or does not play the task.
+        UnsupportedModel: the model takes neither tokens nor pixels alone, or does not play the task.
         PlanError: no task is called so.
     """
     sees = _sees(model)
-    ports = _pixels(model) if sees else _tokens(model)
-    said, config, given = _task(model, task), cast(Any, model.config), _probe(model, ports)
+    config: Any = model.config if sees else _config(model)
+    said = _task(model, task)
+    cached = said.name == GENERATION
+    if cached:
+        _check_causal(model, config)
+    ports = _pixels(model) if sees else _tokens(model, cached)
+    given = _probe(model, ports, cached)
+    past, present = _cache_ports(given) if cached else ((), ())
     pad = getattr(config, "pad_token_id", None) or 0
     return Signature(
-        inputs=ports,
+        inputs=ports + past,
         outputs=tuple(
             _port(name, given[name], per_token and not sees)
             for name, per_token in _offered(model, said, given)
-        ),
+        )
+        + present,
         task=said.name,
         vocab_size=getattr(config, "vocab_size", 0),
         pad_id=pad,
@@ -124,10 +146,12 @@ def _pixels(model: nn.Module) -> tuple[Port, ...]:
     return (Port(PIXELS, str(dtype).removeprefix("torch."), axes),)
 
 
-def _tokens(model: nn.Module) -> tuple[Port, ...]:
+def _tokens(model: nn.Module, cached: bool) -> tuple[Port, ...]:
     config, accepted = _config(model), inspect.signature(model.forward).parameters
-    names = [n for n in INPUTS if n in accepted and (n != "token_type_ids" or _types(config) > 1)]
-    return tuple(Port(name, "int64", (BATCH, LENGTH)) for name in names)
+    offered = CACHED_INPUTS if cached else INPUTS
+    names = [n for n in offered if n in accepted and (n != "token_type_ids" or _types(config) > 1)]
+    seen = TOTAL if cached else LENGTH
+    return tuple(Port(n, "int64", (BATCH, seen if n == "attention_mask" else LENGTH)) for n in names)
 
 
 def _types(config: Any) -> int:
@@ -141,9 +165,13 @@ def longest(positions: int | None, pad_id: int) -> int:
 
 
 def call(model: nn.Module, feeds: Mapping[str, Tensor]) -> Mapping[str, Any]:
-    """The model's outputs by name, without a cache of keys and values."""
-    cache = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return model(**feeds, **cache, return_dict=True)  # type: ignore[no-any-return]
+    """The model's outputs by name; keys and values come out where they went in."""
+    if cache.is_cached(feeds):
+        own = {name: tensor for name, tensor in feeds.items() if not cache.is_cached([name])}
+        given = model(**own, past_key_values=cache.of(feeds), use_cache=True, return_dict=True)
+        return {"logits": given["logits"], **cache.named(given["past_key_values"])}
+    without = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return model(**feeds, **without, return_dict=True)  # type: ignore[no-any-return]
 
 
 def cause(error: BaseException) -> str:
@@ -160,22 +188,20 @@ def _config(model: nn.Module) -> Any:
         raise UnsupportedModel(f"{_name(model)} is not a transformers model over tokens. {_supported()}")
     if "input_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"{_name(model)} takes no input_ids. {_supported()}")
-    if config.is_encoder_decoder or _decodes(config):
-        raise UnsupportedModel(f"{_name(model)} is a decoder, or has one. {_supported()}")
+    if config.is_encoder_decoder:
+        raise UnsupportedModel(f"{_name(model)} is an encoder and a decoder. {_supported()}")
     return config
 
 
-def _decodes(config: Any) -> bool:
-    """Whether tokens see only what is before them: transformers knows such models as causal only."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL,
-    )
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED,
-    )
+def _check_causal(model: nn.Module, config: Any) -> None:
+    """Refuse what generates by its class's name only: BERT's tokens see those after them, unless told otherwise."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-    kind = config.model_type
-    return bool(getattr(config, "is_decoder", False)) or (kind in CAUSAL and kind not in MASKED)
+    if config.model_type in MASKED and not getattr(config, "is_decoder", False):
+        raise UnsupportedModel(
+            f"{_name(model)} is no decoder: its tokens see those after them. Load it with `is_decoder=True`, "
+            "or export it for another task."
+        )
 
 
 def _task(model: nn.Module, word: str | None) -> Task:
@@ -188,9 +214,9 @@ def _task(model: nn.Module, word: str | None) -> Task:
     return found
 
 
-def _probe(model: nn.Module, ports: tuple[Port, ...]) -> Mapping[str, Any]:
+def _probe(model: nn.Module, ports: tuple[Port, ...], cached: bool) -> Mapping[str, Any]:
     device = next(model.parameters()).device
-    sizes = {BATCH: 2, LENGTH: PROBED}
+    sizes = {BATCH: 2, LENGTH: PROBED, TOTAL: PROBED}
     feeds = {
         port.name: torch.full(
             [axis if isinstance(axis, int) else sizes[axis] for axis in port.axes],
@@ -202,7 +228,7 @@ def _probe(model: nn.Module, ports: tuple[Port, ...]) -> Mapping[str, Any]:
     }
     try:
         with evaluating(model):
-            return call(model, feeds)
+            return model(**feeds, use_cache=True, return_dict=True) if cached else call(model, feeds)
     except Exception as error:  # whatever the model's own code raises
         raise UnsupportedModel(
             f"{_name(model)} does not run on plain input: {cause(error)}. Make it work in torch first."
@@ -220,9 +246,23 @@ def _offered(model: nn.Module, task: Task, given: Mapping[str, Any]) -> list[tup
     return [(name, per_token) for name, per_token in wanted.items() if given.get(name) is not None]
 
 
+def _cache_ports(given: Mapping[str, Any]) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """What goes into the cache and what comes out, after the keys and values that a call gave."""
+    past = cache.named(given["past_key_values"], cache.PAST).items()
+    present = cache.named(given["past_key_values"]).items()
+    return (
+        tuple(Port(n, _dtype(t), (BATCH, t.shape[1], PAST_LENGTH, t.shape[3])) for n, t in past),
+        tuple(Port(n, _dtype(t), (BATCH, t.shape[1], TOTAL, t.shape[3])) for n, t in present),
+    )
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _port(name: str, value: Tensor, per_token: bool) -> Port:
     dynamic = (BATCH, _length(value.shape[1] - PROBED)) if per_token else (BATCH,)
-    return Port(name, str(value.dtype).removeprefix("torch."), (*dynamic, *value.shape[len(dynamic) :]))
+    return Port(name, _dtype(value), (*dynamic, *value.shape[len(dynamic) :]))
 
 
 def _length(more: int) -> str:
@@ -236,4 +276,4 @@ def _name(model: nn.Module) -> str:
 
 def _supported() -> str:
     words = [task.name for task in TASKS if task.name in OUTPUTS]
-    return f"Encoders of text and images can be exported for {listing(words, len(words))}."
+    return f"Models of text and images can be exported for {listing(words, len(words))}."

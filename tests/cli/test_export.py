@@ -19,6 +19,7 @@ from peftsurgery.errors import ParityError
 from peftsurgery.graph import passes, weights
 from tests.cli.conftest import adapter_for, digest
 
+STORIES = Path(__file__).parents[2] / "fixtures" / "stories260k"
 Run = Callable[..., Result]
 
 
@@ -140,8 +141,12 @@ def test_inspect_says_the_same_of_every_place(run: Run, bert: Path, adapter: Pat
     assert "LoRA(r=4" in shown and "word_embeddings" in shown
 
 
-def test_a_decoder_is_refused(run: Run, llama: Path, tmp_path: Path) -> None:
-    result = run("export-onnx", llama, "-o", tmp_path / "onnx")
-    assert result.exit_code == 1
-    assert "LlamaForCausalLM is a decoder" in result.stderr
-    assert not list(tmp_path.iterdir())
+def test_a_decoder_has_a_cache_and_is_verified(run: Run, tmp_path: Path) -> None:
+    result = run("export-onnx", STORIES, "-o", tmp_path / "onnx", "--json")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert said["inputs"][:4] == ["input_ids", "attention_mask", "position_ids", "past_key_values.0.key"]
+    assert said["outputs"][-1] == "present.4.value"
+    assert {row["past"] for row in said["parity"]["rows"]} == {0, 4, 8, 17, 64}
+    shown = run("export-onnx", STORIES, "-o", tmp_path / "again").stdout
+    assert "present " in shown and "after 17" in shown and "present.0" not in shown.split("output  ")[-1]

@@ -1,0 +1,57 @@
+"""Keys and values of tokens that a decoder has seen, as plain tensors under optimum's names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from peftsurgery.errors import UnsupportedModel
+
+PAST, PRESENT = "past_key_values", "present"
+PARTS = ("key", "value")
+
+
+def name(kind: str, layer: int, part: str) -> str:
+    """`past_key_values.0.key`, `present.3.value`."""
+    return f"{kind}.{layer}.{part}"
+
+
+def is_cached(names: Iterable[str]) -> bool:
+    """Whether keys and values are among the inputs of these names."""
+    return any(word.startswith(f"{PAST}.") for word in names)
+
+
+def of(feeds: Mapping[str, Tensor]) -> Any:
+    """transformers' cache of the keys and values in `feeds`, each (batch, key-value heads, past, head width).
+
+    It keeps every token. A model with a sliding window masks what lies outside of it.
+    """
+    from transformers import DynamicCache
+
+    layers = sum(word.startswith(f"{PAST}.") for word in feeds) // len(PARTS)
+    return DynamicCache([(feeds[name(PAST, i, "key")], feeds[name(PAST, i, "value")]) for i in range(layers)])
+
+
+def named(cache: Any, kind: str = PRESENT) -> dict[str, Tensor]:
+    """The keys and values of transformers' cache by name.
+
+    Raises:
+        UnsupportedModel: the model remembers something else (a state, compressed keys).
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    layers: list[Any] = list(cache.layers) if isinstance(cache, DynamicCache) else []
+    if not layers or any(not isinstance(layer, DynamicLayer) or layer.keys is None for layer in layers):
+        raise UnsupportedModel(
+            f"The model keeps a {type(cache).__name__} that is not keys and values of each layer alone. "
+            "Decoders with plain attention in every layer can be exported."
+        )
+    pairs = ((layer.keys, layer.values) for layer in layers)
+    return {
+        name(kind, i, part): tensor
+        for i, pair in enumerate(pairs)
+        for part, tensor in zip(PARTS, pair, strict=True)
+    }
