@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from peftsurgery.disk.writer import copy_file
+from peftsurgery.errors import PlanError
 
 PATTERNS = (
     "config.json",
@@ -51,6 +52,17 @@ def merged_config(source: Path, model: nn.Module, *, dtype: str | None, untied: 
     if untied:
         said["tie_word_embeddings"] = False
     return said
+
+
+def refuse_quantised(source: Path) -> None:
+    """Raise a PlanError where a model's configuration says that its weights are quantised, whatever the format."""
+    said = _config(source).get("quantization_config")
+    if said:
+        word = said.get("quant_method", "quantization_config") if isinstance(said, dict) else said
+        raise PlanError(
+            f"{source} is quantised (its config.json says {word!r}), and its stored numbers are not its weights. Merge "
+            "into the unquantised base that it was made from and quantise the result; nothing was written."
+        )
 
 
 def _config(source: Path) -> dict[str, Any]:

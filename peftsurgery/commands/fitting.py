@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from peftsurgery.adapter import Adapter, moved, rebased
+from peftsurgery.commands.companions import refuse_quantised
 from peftsurgery.disk.checkpoint import Checkpoint, load
 from peftsurgery.errors import AdapterError, CheckpointError, NotFoldable, listing
 from peftsurgery.fold import folded, touches
@@ -52,7 +53,9 @@ def fit(
         TiedSites: a tied weight would be folded behind its twin's back.
         NotFoldable: a weight that transformers assembles from several tensors.
         CheckpointError: the model would lack weights.
+        PlanError: the base is quantised.
     """
+    refuse_quantised(checkpoint.path)
     skeleton = pretrained.skeleton(
         checkpoint.path,
         task=common_task(adapters, task),
