@@ -8,8 +8,8 @@ from pathlib import Path
 
 from peftsurgery.adapter import Adapter, scale
 from peftsurgery.disk import adapterhub, peft
+from peftsurgery.disk.durable import staged
 from peftsurgery.disk.locate import locate
-from peftsurgery.disk.writer import staged
 from peftsurgery.errors import AdapterError, PlanError, listing
 from peftsurgery.methods import METHODS
 

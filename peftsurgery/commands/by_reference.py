@@ -10,7 +10,7 @@ from peftsurgery.commands.exporting import Order, certificate, companions, repor
 from peftsurgery.commands.operating import operated, stays
 from peftsurgery.commands.report import Report, size
 from peftsurgery.commands.stored_weights import Base, base_of
-from peftsurgery.disk.writer import added, lend, staged, write_json
+from peftsurgery.disk.durable import added, lend, staged, write_json
 from peftsurgery.errors import CheckpointError, ExportError, listing
 from peftsurgery.events import Event, Listener
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from peftsurgery.disk.writer import copy_file
+from peftsurgery.disk.durable import copy_file
 from peftsurgery.errors import PlanError
 
 PATTERNS = (

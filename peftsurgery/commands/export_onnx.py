@@ -12,7 +12,7 @@ from peftsurgery.commands.by_reference import export_by_reference
 from peftsurgery.commands.exporting import Order, certificate, companions, report, traced, verified
 from peftsurgery.commands.operating import operated
 from peftsurgery.commands.report import Report
-from peftsurgery.disk.writer import staged, write_json
+from peftsurgery.disk.durable import staged, write_json
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Event, Listener, ignore
 from peftsurgery.reading import AS_PEFT, Reading

@@ -15,8 +15,8 @@ from peftsurgery.adapter import Adapter
 from peftsurgery.commands.companions import carry, merged_config
 from peftsurgery.commands.operating import signature_of, stays
 from peftsurgery.commands.report import Report, size
+from peftsurgery.disk.durable import write_json
 from peftsurgery.disk.locate import locate
-from peftsurgery.disk.writer import write_json
 from peftsurgery.live import soft
 from peftsurgery.live.active import canonical_name
 from peftsurgery.reading import Reading

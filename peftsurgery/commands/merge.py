@@ -13,10 +13,10 @@ from peftsurgery.commands.companions import carry, merged_config
 from peftsurgery.commands.fitting import fit
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.checkpoint import open_checkpoint
+from peftsurgery.disk.durable import staged, write_json
 from peftsurgery.disk.locate import locate
 from peftsurgery.disk.merge import Merged
 from peftsurgery.disk.merge import merge as merge_checkpoint
-from peftsurgery.disk.writer import staged, write_json
 from peftsurgery.dtypes import dtype_named
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Listener, ignore

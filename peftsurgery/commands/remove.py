@@ -17,10 +17,10 @@ from peftsurgery.commands.companions import carry
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk import extract, peft
 from peftsurgery.disk.checkpoint import Checkpoint, load, open_checkpoint
+from peftsurgery.disk.durable import staged
 from peftsurgery.disk.locate import locate
 from peftsurgery.disk.peft_config import parse
 from peftsurgery.disk.peft_keys import understood
-from peftsurgery.disk.writer import staged
 from peftsurgery.errors import PlanError, listing
 from peftsurgery.events import Listener, ignore
 from peftsurgery.method import Method

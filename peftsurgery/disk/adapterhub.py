@@ -24,7 +24,7 @@ from peftsurgery.disk import (
 from peftsurgery.disk.adapter_files import check_values, json_object, put, tensors
 from peftsurgery.disk.adapterhub_config import VERSION, Said, Written, full, said
 from peftsurgery.disk.adapterhub_fusion import FUSION, SETUP
-from peftsurgery.disk.writer import write_json
+from peftsurgery.disk.durable import write_json
 from peftsurgery.errors import AdapterError, PlanError, UnknownMethod, listing
 from peftsurgery.method import Method
 from peftsurgery.site import Kind

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from peftsurgery.disk.checkpoint import INDEX, Checkpoint, Shard, Stored, load
-from peftsurgery.disk.writer import Entry, write_json, write_safetensors
+from peftsurgery.disk.durable import write_json
+from peftsurgery.disk.writer import Entry, write_safetensors
 from peftsurgery.errors import CheckpointError
 from peftsurgery.events import Event, Listener
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from peftsurgery.adapter import Adapter, check
 from peftsurgery.disk import peft_soft
 from peftsurgery.disk.adapter_files import check_values, json_object, put, safetensors, tensors
+from peftsurgery.disk.durable import write_json
 from peftsurgery.disk.peft_config import method_of, parse
 from peftsurgery.disk.peft_keys import heads, keyed, understood
 from peftsurgery.disk.peft_render import render
-from peftsurgery.disk.writer import write_json
 from peftsurgery.errors import AdapterError, PlanError
 from peftsurgery.method import Method, TokenMethod
 

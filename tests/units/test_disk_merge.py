@@ -10,7 +10,6 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftsurgery.adapter import Adapter
-from peftsurgery.disk import parts, writer
+from peftsurgery.disk import parts
 from peftsurgery.disk.checkpoint import INDEX, open_checkpoint
+from peftsurgery.disk.durable import staged
 from peftsurgery.disk.merge import Merged, merge
 from peftsurgery.disk.shard import Stored
-from peftsurgery.disk.writer import staged
 from peftsurgery.errors import (
     CheckpointError,
     MismatchedTensors,
@@ -346,19 +345,17 @@ def digests(room: Path) -> dict[str, str]:
     }
 
 
-class Full(FileIO):
-    """The second file finds the disk full half-way through."""
+def fill_the_second_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It finds the disk full half-way through."""
+    begun, write = [0], os.pwrite
 
-    opened = 0
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        type(self).opened += 1
-
-    def write(self, data: Any) -> int:
-        if self.opened == 2 and self.tell() > 0:
+    def full(descriptor: int, data: Any, start: int) -> int:
+        begun[0] += start == 0
+        if begun[0] == 2 and start > 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return super().write(data)
+        return write(descriptor, data, start)
+
+    monkeypatch.setattr(os, "pwrite", full)
 
 
 def interrupted(event: Event) -> None:
@@ -397,8 +394,7 @@ def test_what_fails_in_the_middle_leaves_no_trace(
     path = sharded(tmp_path / "base", base_tensors())
     before = digests(tmp_path)
     if why == "disk full":
-        monkeypatch.setattr(Full, "opened", 0)
-        monkeypatch.setattr(writer, "FileIO", Full)
+        fill_the_second_file(monkeypatch)
     halfway: list[str] = []
     with pytest.raises(error), staged(tmp_path / "out") as directory, listing(directory, halfway):
         merge(open_checkpoint(path), [build()], directory, **options)

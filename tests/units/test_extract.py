@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peftsurgery.disk.checkpoint import INDEX, load, open_checkpoint
+from peftsurgery.disk.durable import staged
 from peftsurgery.disk.extract import PREFIX, Dissection, dissect, extract
-from peftsurgery.disk.writer import staged
 from peftsurgery.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -9,7 +9,6 @@ import resource
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from peftsurgery.disk import writer
+from peftsurgery.disk.durable import copy_file, staged, write_json
 from peftsurgery.disk.shard import DTYPES, read_shard
-from peftsurgery.disk.writer import Entry, copy_file, staged, write_json, write_safetensors
+from peftsurgery.disk.writer import Entry, write_safetensors
 from peftsurgery.errors import CheckpointError
 
 NEWER = (torch.float8_e8m0fnu,)
@@ -158,21 +157,17 @@ def test_whatever_fails_leaves_nothing(failure: type[BaseException], place: str,
     assert everything(tmp_path) == {"empty"}
 
 
-class Full(FileIO):
-    """A file on a disk with room for 1000 bytes more."""
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    room, write = [1000], os.pwrite
 
-    room = 1000
-
-    def write(self, data: Any) -> int:
-        if self.room == 0:
+    def full(descriptor: int, data: Any, start: int) -> int:
+        if room[0] == 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken = super().write(memoryview(data)[: self.room])
-        self.room -= taken
+        taken = write(descriptor, memoryview(data)[: room[0]], start)
+        room[0] -= taken
         return taken
 
-
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "FileIO", Full)
+    monkeypatch.setattr(os, "pwrite", full)
     tensors = {"a": torch.ones(100), "b": torch.ones(1000)}
     message = r"x\.safetensors cannot be written: No space left on device\. Make room"
     with pytest.raises(CheckpointError, match=message), staged(tmp_path / "out") as directory:
