@@ -24,7 +24,7 @@ from peftsurgery.workers import alone, workers
 
 NARROWEST = 16
 """Rows of the smallest tile; a matrix product of fewer may take another path, with other bits."""
-TILE = {"cpu": 1 << 18}
+TILE = {"cpu": 1 << 17}
 """Elements of a tile: what a core's cache holds."""
 DEVICE_TILE = 1 << 24
 """Elements of a tile on an accelerator, which wants few and large operations."""
@@ -127,7 +127,7 @@ def fold_tile(
     Raises:
         NonFiniteWeight: the result, as stored, has a NaN or an infinity.
     """
-    start = base.to(device or base.device, torch.promote_types(base.dtype, torch.float32))
+    start = base.to(device or base.device, _working(base.dtype))
     value = start
     for change in changes:
         value = (change.cut(rows) or change)(value)
@@ -138,7 +138,12 @@ def fold_tile(
             "Write a wider dtype (`--dtype float32`), or look at the adapter; nothing was kept.",
             tensor=name,
         )
-    return tally(base, start, value, out) if measure else Tally()
+    return tally(base, start, value, out) if measure and out.is_floating_point() else Tally()
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    """In what a formula is computed; whole numbers are only ever replaced."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 @torch.inference_mode(False)

@@ -13,18 +13,22 @@ from functools import cache
 
 import torch
 
-LARGEST_KEPT = 31 << 20
-"""Bytes; the GNU C library keeps no freed block of 32 MiB or more."""
+LARGEST_KEPT = 8 << 20
+"""Bytes; more than any tile has."""
 
 
 @contextmanager
 def workers(count: int) -> Iterator[Executor]:
-    """An executor of up to `count` threads, in each of which torch uses one."""
+    """An executor of up to `count` threads, in each of which torch uses one; what fails cancels what waits."""
     _keep_memory()
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool
+            try:
+                yield pool
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
     finally:
         torch.set_num_threads(before)  # of threads to come: a worker's word counts for them too
 

@@ -34,7 +34,7 @@ MUTATORS = {"add_module", "register_module", "register_parameter", "register_buf
 DICT_MUTATORS = {"update", "pop", "popitem", "setdefault", "clear"}
 WRITERS = {"write_text", "write_bytes", "save_file", "savez", "copyfile", "copy2", "copytree"}
 OWNED_WRITERS = {"os.open", "os.replace", "os.rename", "torch.save", "onnx.save"}
-MAY_WRITE = {"disk/durable.py", "disk/writer.py", "graph/weights.py"}
+MAY_WRITE = {"disk/durable.py", "disk/output.py", "graph/weights.py"}
 MAY_CHANGE_MODELS = {"live/swap.py"}
 MAY_PRINT = {"cli.py"}
 

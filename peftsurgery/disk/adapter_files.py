@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from peftsurgery.adapter import Adapter
+from peftsurgery.disk.pieces import Piece
 from peftsurgery.disk.shard import load, read_shard
-from peftsurgery.disk.writer import Entry, write_safetensors
+from peftsurgery.disk.writer import ShardTask, write_shard
 from peftsurgery.errors import AdapterError, TruncatedShard, UntrustedPickle
 
 
@@ -61,8 +62,8 @@ def safetensors(file: Path) -> dict[str, Tensor]:
 
 def put(file: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:
     """Write a new safetensors file."""
-    entries = [Entry(key, tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors]
-    write_safetensors(file, entries, tensors, {"format": "pt"})
+    pieces = tuple(Piece(key, tensor.dtype, tensor) for key, tensor in tensors)
+    write_shard(ShardTask(file, pieces, {"format": "pt"}))
 
 
 def check_values(adapter: Adapter) -> None:

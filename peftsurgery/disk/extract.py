@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftsurgery.disk.checkpoint import Checkpoint
-from peftsurgery.disk.parts import Written, outline, staying, write_parts
+from peftsurgery.disk.parts import Written, outline, write_parts
 from peftsurgery.errors import CheckpointError
 from peftsurgery.events import Listener, ignore
 
@@ -75,14 +75,13 @@ def dissect(names: Iterable[str]) -> Dissection:
 def extract(
     checkpoint: Checkpoint, found: Dissection, directory: Path, *, listen: Listener = ignore
 ) -> Written:
-    """Write the clean base into an existing empty `directory`, bit for bit, streamed.
+    """Write the clean base into an existing empty `directory`, bit for bit.
 
     Raises:
         CheckpointError: a file cannot be written.
     """
     clean = {stored: name for name, stored in found.base.items()}
-    parts = outline(checkpoint, clean.get)
-    return write_parts(directory, parts, staying(parts), checkpoint.index, listen)
+    return write_parts(directory, outline(checkpoint, directory, clean.get), checkpoint.index, listen)
 
 
 def _wrapped(name: str) -> Iterable[str]:

@@ -1,20 +1,20 @@
-"""Folding adapters into a checkpoint, streamed: one tensor in memory at a time, the same files again."""
+"""Folding adapters into a checkpoint: the same files again, in blocks of a few megabytes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from peftsurgery.adapter import Adapter
-from peftsurgery.disk.checkpoint import Checkpoint, Stored, load
-from peftsurgery.disk.parts import outline, staying, write_parts, written_dtype
-from peftsurgery.disk.writer import Entry
+from peftsurgery.disk.checkpoint import Checkpoint, Stored
+from peftsurgery.disk.parts import outline, write_parts, written_dtype
+from peftsurgery.disk.pieces import Piece
+from peftsurgery.disk.writer import ShardTask
 from peftsurgery.errors import (
     CheckpointError,
     MismatchedTensors,
@@ -24,8 +24,9 @@ from peftsurgery.errors import (
     nearest,
 )
 from peftsurgery.events import Listener, ignore
-from peftsurgery.fold import folded, touches
+from peftsurgery.fold import touches
 from peftsurgery.method import WeightMethod
+from peftsurgery.tally import Tally
 
 PLAIN = ("F64", "F32", "F16", "BF16")
 """The dtypes that hold a weight's own value, so that adding to it means something."""
@@ -54,6 +55,7 @@ class Merged:
         added: the tensors that the base did not hold: heads, and twins that are tied no longer.
         files: the weight files, and the index where there is one.
         nbytes: the size of all tensors.
+        tallies: how far every changed tensor moved, where that was asked for.
     """
 
     folded: tuple[str, ...]
@@ -61,6 +63,7 @@ class Merged:
     files: tuple[str, ...]
     nbytes: int
     num_tensors: int
+    tallies: Mapping[str, Tally]
 
 
 def identity(name: str) -> str:
@@ -76,7 +79,9 @@ def merge(
     rename: Callable[[str], str] = identity,
     twins: Mapping[str, str] | None = None,
     dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
     device: str = "cpu",
+    measure: bool = False,
     listen: Listener = ignore,
 ) -> Merged:
     """Write `checkpoint` with every adapter folded into it, into an existing empty `directory`.
@@ -89,31 +94,60 @@ def merge(
         rename: from the checkpoint's names to the output's.
         twins: tensors to add because they are tied no longer → those whose value they have, in output names.
         dtype: of every floating tensor of the output; its own by default.
+        max_shard_size: bytes of tensors in a file; the base's own files by default.
         device: where folding is computed.
+        measure: whether to tell how far every changed tensor moved.
 
     Raises:
         UnclaimedSites, UnsupportedSite, MismatchedTensors: a tensor that the adapters change is not there, is
             quantised, or has another shape; nothing is written.
         NonFiniteWeight, CheckpointError: folding gave a NaN; a file cannot be written.
     """
+    tasks, added = plan(
+        checkpoint,
+        adapters,
+        directory,
+        rename=rename,
+        twins=twins or {},
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    tasks = tuple(replace(task, device=device, measure=measure) for task in tasks)
+    done = write_parts(directory, tasks, checkpoint.index, listen)
+    found = tuple(name for name in touches(*adapters) if name not in added or name in (twins or {}))
+    return Merged(found, added, done.files, done.nbytes, done.num_tensors, done.tallies)
+
+
+def plan(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    directory: Path,
+    *,
+    rename: Callable[[str], str],
+    twins: Mapping[str, str],
+    dtype: torch.dtype | None,
+    max_shard_size: int | None,
+) -> tuple[tuple[ShardTask, ...], tuple[str, ...]]:
+    """The tasks that `merge` carries out, and the names of the tensors that it adds; see there."""
     present = {rename(name): stored for name, stored in checkpoint.tensors.items()}
-    copies = _copies(present, twins or {})
-    heads = _heads(present | copies, adapters, _main_dtype(checkpoint))
-    _check(present | copies, heads, adapters, casts=dtype is not None)
-    added = [Entry(n, written_dtype(s.torch_dtype, dtype), s.shape) for n, s in copies.items()]
-    added += [Entry(n, written_dtype(t.dtype, dtype), tuple(t.shape)) for n, t in heads.items()]
-    parts = outline(checkpoint, rename, dtype=dtype, added=added)
-    tensors = chain(staying(parts), _loaded(copies), heads.items())
-    changed = folded(tensors, *adapters, device=device, dtype=dtype, listen=listen)
-    done = write_parts(directory, parts, changed, checkpoint.index, listen)
-    names = tuple(entry.name for entry in added)
-    found = tuple(name for name in touches(*adapters) if name not in heads)
-    return Merged(found, names, done.files, done.nbytes, done.num_tensors)
-
-
-def _loaded(tensors: Mapping[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    for name, stored in tensors.items():
-        yield name, load(stored)
+    copies = _copies(present, twins)
+    known = present | copies
+    heads = _heads(known, adapters)
+    _check(known, heads, adapters, casts=dtype is not None)
+    changes = touches(*adapters)
+    added = [Piece(n, written_dtype(s.torch_dtype, dtype), s, changes.get(n, ())) for n, s in copies.items()]
+    own = _main_dtype(checkpoint)
+    added += [Piece(n, written_dtype(t.dtype, dtype or own), t, changes[n]) for n, t in heads.items()]
+    tasks = outline(
+        checkpoint,
+        directory,
+        rename,
+        changes=changes,
+        dtype=dtype,
+        added=added,
+        max_shard_size=max_shard_size,
+    )
+    return tasks, tuple(piece.name for piece in added)
 
 
 def _copies(present: Mapping[str, Stored], twins: Mapping[str, str]) -> dict[str, Stored]:
@@ -127,11 +161,10 @@ def _copies(present: Mapping[str, Stored], twins: Mapping[str, str]) -> dict[str
     return {twin: present[holder] for twin, holder in twins.items()}
 
 
-def _heads(present: Collection[str], adapters: Sequence[Adapter], dtype: torch.dtype) -> dict[str, Tensor]:
+def _heads(present: Collection[str], adapters: Sequence[Adapter]) -> dict[str, Tensor]:
     """What the adapters replace and the base lacks; the last adapter's word counts, as in folding."""
     brought = {name: value.detach() for adapter in adapters for name, value in adapter.replaced.items()}
-    lacking = {name: value for name, value in brought.items() if name not in present}
-    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in lacking.items()}
+    return {name: value for name, value in brought.items() if name not in present}
 
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:

@@ -1,29 +1,25 @@
-"""A checkpoint that is going to be written: which file holds what, and the stream that fills them."""
+"""A checkpoint that is going to be written: which file holds what, and the index that says so."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from peftsurgery.disk.checkpoint import INDEX, Checkpoint, Shard, Stored, load
+from peftsurgery.changes import Change
+from peftsurgery.disk.checkpoint import INDEX, SINGLE, Checkpoint, Shard
 from peftsurgery.disk.durable import write_json
-from peftsurgery.disk.writer import Entry, write_safetensors
+from peftsurgery.disk.pieces import Piece
+from peftsurgery.disk.writer import ShardDone, ShardTask, write_shard
 from peftsurgery.errors import CheckpointError
 from peftsurgery.events import Event, Listener
+from peftsurgery.tally import Tally
 
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One file of it: the tensors that stay from the base, then those that are new."""
-
-    file: str
-    sources: tuple[Stored, ...]
-    entries: tuple[Entry, ...]
-    metadata: Mapping[str, str]
+Changes = Mapping[str, tuple[Change, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,84 +29,116 @@ class Written:
     Args:
         files: the weight files, and the index where there is one.
         nbytes: the size of all tensors.
+        tallies: how far every touched tensor moved, where that was asked for.
     """
 
     files: tuple[str, ...]
     nbytes: int
     num_tensors: int
+    tallies: Mapping[str, Tally]
 
 
 def outline(
     checkpoint: Checkpoint,
+    directory: Path,
     rename: Callable[[str], str | None],
     *,
+    changes: Changes | None = None,
     dtype: torch.dtype | None = None,
-    added: Sequence[Entry] = (),
-) -> tuple[Part, ...]:
-    """The files of `checkpoint` again, in the same order, under other names.
+    added: Sequence[Piece] = (),
+    max_shard_size: int | None = None,
+) -> tuple[ShardTask, ...]:
+    """The tasks that write `checkpoint` into `directory`: the same tensors in the same order.
 
     Args:
         rename: the new name of a tensor; None leaves it out, and a file without tensors too.
+        changes: what is folded into them, by their new names.
         dtype: of every floating tensor; its own by default.
         added: new tensors, at the end of the last file.
+        max_shard_size: bytes of tensors in a file, which a larger tensor has for itself; by default the files
+            are those of the checkpoint.
 
     Raises:
         CheckpointError: two tensors would get the same name.
     """
-    parts = [
-        part for shard in checkpoint.shards if (part := _part(checkpoint.path, shard, rename, dtype)).entries
+    tasks = [
+        _task(checkpoint.path, shard, directory, rename, changes or {}, dtype) for shard in checkpoint.shards
     ]
-    if added and parts:
-        parts[-1] = replace(parts[-1], entries=(*parts[-1].entries, *added))
-    _check_unique(entry.name for part in parts for entry in part.entries)
-    return tuple(parts)
+    tasks = [task for task in tasks if task.pieces]
+    if added and tasks:
+        tasks[-1] = replace(tasks[-1], pieces=(*tasks[-1].pieces, *added))
+    _check_unique(piece.name for task in tasks for piece in task.pieces)
+    return tuple(tasks) if max_shard_size is None else _resharded(tasks, directory, max_shard_size)
 
 
 def write_parts(
-    directory: Path,
-    parts: Sequence[Part],
-    tensors: Iterable[tuple[str, Tensor]],
-    index: Mapping[str, object] | None,
-    listen: Listener,
+    directory: Path, tasks: Sequence[ShardTask], index: Mapping[str, object] | None, listen: Listener
 ) -> Written:
-    """Fill the files of `parts` from one stream, and write their index where the base has one.
+    """Write the files, and the index of several or of a base that has one, last.
 
     Raises:
-        CheckpointError: the stream is not what was announced, or a file cannot be written.
+        NonFiniteWeight: folding gave a NaN or an infinity.
+        CheckpointError: a file cannot be read or written.
     """
-    entries = [entry for part in parts for entry in part.entries]
-    coming = _told(tensors, len(entries), listen)
-    for part in parts:
-        write_safetensors(directory / part.file, part.entries, coming, part.metadata)
-    if (extra := next(coming, None)) is not None:  # it also lets the stream say what it has missed
-        raise CheckpointError(f"{extra[0]!r} came and was not announced. Nothing was kept.")
-    nbytes = sum(entry.nbytes for entry in entries)
-    files = [part.file for part in parts]
-    if index is not None:
-        write_json(directory / INDEX, _index(parts, index, nbytes))
+    telling = _counted(tasks, listen)
+    done = [write_shard(task, telling) for task in tasks]
+    return finish(directory, tasks, done, index)
+
+
+def finish(
+    directory: Path, tasks: Sequence[ShardTask], done: Iterable[ShardDone], index: Mapping[str, object] | None
+) -> Written:
+    """Write the index over files that are there, and say what lies on the disk."""
+    files = [task.file.relative_to(directory).as_posix() for task in tasks]
+    nbytes = sum(task.nbytes for task in tasks)
+    pieces = [piece for task in tasks for piece in task.pieces]
+    tallies = {name: tally for shard in done for name, tally in shard.tallies.items()}
+    if files != [SINGLE] and (index is not None or len(files) > 1):
+        write_json(directory / INDEX, _index(tasks, files, index or {}, nbytes))
         files.append(INDEX)
-    return Written(tuple(files), nbytes, len(entries))
-
-
-def staying(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
-    """What stays from the base, one tensor at a time, under its new name."""
-    for part in parts:
-        for entry, source in zip(part.entries, part.sources, strict=False):
-            yield entry.name, load(source)
-
-
-def _part(root: Path, shard: Shard, rename: Callable[[str], str | None], dtype: torch.dtype | None) -> Part:
-    kept = [(name, stored) for stored in shard.tensors if (name := rename(stored.name)) is not None]
-    entries = tuple(
-        Entry(name, written_dtype(stored.torch_dtype, dtype), stored.shape) for name, stored in kept
-    )
-    file = shard.file.relative_to(root).as_posix()
-    return Part(file, tuple(stored for _, stored in kept), entries, {**shard.metadata, "format": "pt"})
+    return Written(tuple(files), nbytes, len(pieces), tallies)
 
 
 def written_dtype(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     """What a tensor of `dtype` is written as: only floating ones change."""
     return wanted if wanted is not None and dtype.is_floating_point else dtype
+
+
+def _task(
+    root: Path,
+    shard: Shard,
+    directory: Path,
+    rename: Callable[[str], str | None],
+    changes: Changes,
+    dtype: torch.dtype | None,
+) -> ShardTask:
+    kept = [(name, stored) for stored in shard.tensors if (name := rename(stored.name)) is not None]
+    pieces = tuple(
+        Piece(name, written_dtype(stored.torch_dtype, dtype), stored, changes.get(name, ()))
+        for name, stored in kept
+    )
+    file = directory / shard.file.relative_to(root)
+    return ShardTask(
+        file, pieces, {**shard.metadata, "format": "pt"}, stat.S_IMODE(shard.file.stat().st_mode)
+    )
+
+
+def _resharded(tasks: Sequence[ShardTask], directory: Path, most: int) -> tuple[ShardTask, ...]:
+    """The same pieces in files of at most that many bytes, with transformers' names."""
+    groups: list[list[Piece]] = [[]]
+    room = most
+    for piece in (piece for task in tasks for piece in task.pieces):
+        if groups[-1] and piece.nbytes > room:
+            groups.append([])
+            room = most
+        groups[-1].append(piece)
+        room -= piece.nbytes
+    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    files = [SINGLE] if len(groups) == 1 else names
+    return tuple(
+        replace(tasks[0], file=directory / file, pieces=tuple(group))
+        for file, group in zip(files, groups, strict=True)
+    )
 
 
 def _check_unique(names: Iterable[str]) -> None:
@@ -123,17 +151,23 @@ def _check_unique(names: Iterable[str]) -> None:
         seen.add(name)
 
 
-def _told(
-    tensors: Iterable[tuple[str, Tensor]], total: int, listen: Listener
-) -> Iterator[tuple[str, Tensor]]:
-    for done, (name, tensor) in enumerate(tensors, 1):
-        listen(Event("write", name, done, total, tensor.nbytes))
-        yield name, tensor
+def _counted(tasks: Sequence[ShardTask], listen: Listener) -> Listener:
+    """Tells `listen` of all tasks together what each says of itself."""
+    pieces = [piece for task in tasks for piece in task.pieces]
+    totals = {"write": len(pieces), "fold": sum(bool(piece.changes) for piece in pieces)}
+    counts = {verb: count(1) for verb in totals}
+
+    def told(event: Event) -> None:
+        listen(replace(event, done=next(counts[event.verb]), total=totals[event.verb]))
+
+    return told
 
 
-def _index(parts: Sequence[Part], metadata: Mapping[str, object], nbytes: int) -> dict[str, object]:
+def _index(
+    tasks: Sequence[ShardTask], files: Sequence[str], metadata: Mapping[str, object], nbytes: int
+) -> dict[str, object]:
     said = {**metadata, "total_size": nbytes}
     if "total_parameters" in metadata:
-        said["total_parameters"] = sum(entry.numel for part in parts for entry in part.entries)
-    places = {entry.name: part.file for part in parts for entry in part.entries}
+        said["total_parameters"] = sum(piece.numel for task in tasks for piece in task.pieces)
+    places = {piece.name: file for task, file in zip(tasks, files, strict=True) for piece in task.pieces}
     return {"metadata": said, "weight_map": dict(sorted(places.items()))}

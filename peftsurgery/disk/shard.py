@@ -125,6 +125,24 @@ def load(stored: Stored) -> Tensor:
     return aligned.view(dtype).reshape(stored.shape)
 
 
+def read_into(file: Path, start: int, room: memoryview) -> None:
+    """Fill `room` with the bytes of `file` from `start` on.
+
+    Raises:
+        TruncatedShard: the file is shorter than it was when its header was read, or gone.
+    """
+    try:
+        with file.open("rb", buffering=0) as handle:
+            handle.seek(start)
+            while room:
+                taken = handle.readinto(room)
+                if not taken:
+                    raise ValueError("it has shrunk")
+                room = room[taken:]
+    except (OSError, ValueError) as error:
+        raise TruncatedShard(f"{file} changed while it was being read ({error}). Run again.") from error
+
+
 def _header(file: Path, size: int) -> tuple[dict[str, object], int]:
     """The JSON object at the beginning of the file, and where the tensors' bytes begin."""
     with file.open("rb") as handle:

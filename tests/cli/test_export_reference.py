@@ -206,7 +206,7 @@ def test_how_a_merged_checkpoint_was_made_is_kept(run: Run, bert: Path, tmp_path
 
 @pytest.fixture
 def no_reflink(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("peftsurgery.disk.writer._reflinked", lambda source, target: False)
+    monkeypatch.setattr("peftsurgery.disk.durable._reflinked", lambda source, target: False)
     yield
 
 

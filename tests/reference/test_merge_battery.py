@@ -219,14 +219,16 @@ def test_merging_again_reads_the_adapter_again(base: Path, tmp_path: Path) -> No
         assert close(logits(loaded(tmp_path / f"out{run}")), expected)
 
 
-def test_files_are_as_readable_as_the_user_asks_for(base: Path, tmp_path: Path) -> None:
-    """safetensors writes 0600, whatever the umask; `mkdir` and `open` do not."""
+def test_files_are_as_readable_as_those_of_the_base(base: Path, tmp_path: Path) -> None:
+    """safetensors writes 0600, whatever the umask and the base say."""
+    mine = Path(shutil.copytree(base, tmp_path / "base"))
     tuned(base, tmp_path / "adapter", target_modules=LINEAR)
-    ps.merge(base, tmp_path / "adapter", out=tmp_path / "out")
-    (tmp_path / "probe").touch()
-    asked = stat.S_IMODE((tmp_path / "probe").stat().st_mode)
-    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").glob("*.safetensors")}
-    assert modes == {asked}
+    for mode in (0o600, 0o644):
+        for file in mine.glob("*.safetensors"):
+            file.chmod(mode)
+        ps.merge(mine, tmp_path / "adapter", out=tmp_path / f"out{mode}")
+        made = (tmp_path / f"out{mode}").glob("*.safetensors")
+        assert {stat.S_IMODE(file.stat().st_mode) for file in made} == {mode}
 
 
 def test_over_the_base_is_refused(base: Path, tmp_path: Path) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import gc
 import hashlib
 import json
 import os
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peftsurgery.adapter import Adapter
-from peftsurgery.disk import parts
 from peftsurgery.disk.checkpoint import INDEX, open_checkpoint
 from peftsurgery.disk.durable import staged
 from peftsurgery.disk.merge import Merged, merge
-from peftsurgery.disk.shard import Stored
+from peftsurgery.disk.pieces import BLOCK
+from peftsurgery.disk.rooms import Rooms
 from peftsurgery.errors import (
     CheckpointError,
     MismatchedTensors,
@@ -33,7 +31,7 @@ from peftsurgery.errors import (
     UnclaimedSites,
     UnsupportedSite,
 )
-from peftsurgery.events import Event, ignore
+from peftsurgery.events import Event
 from peftsurgery.methods.lora import LoRA
 from peftsurgery.planning import Plan, Step
 from peftsurgery.rename import Rename
@@ -222,26 +220,21 @@ def test_every_tensor_is_told_as_it_is_written(tmp_path: Path) -> None:
     assert [event.name for event in told if event.verb == "fold"] == [QUERY.weight, MIX.weight]
 
 
-def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded: list[weakref.ref[Tensor]] = []
-    load = parts.load
+def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    room = Rooms.room
 
-    def watched(stored: Stored) -> Tensor:
-        alive = [ref for ref in loaded if ref() is not None]
-        assert len(alive) <= 1, "the one before, until this one takes its place"
-        tensor = load(stored)
-        loaded.append(weakref.ref(tensor))
-        return tensor
+    def watched(self: Rooms, use: str, nbytes: int, start: int = 0) -> Tensor:
+        asked.append(nbytes)
+        return room(self, use, nbytes, start)
 
-    monkeypatch.setattr(parts, "load", watched)
-    gc.disable()
-    try:
-        many = {f"{i}.weight": torch.randn(4, 4) for i in range(20)}
-        sites = [Site(str(i), Kind.LINEAR, (4, 4)) for i in range(0, 20, 2)]
-        merged(sharded(tmp_path / "base", many), adapter(*sites))
-    finally:
-        gc.enable()
-    assert len(loaded) == 20
+    monkeypatch.setattr(Rooms, "room", watched)
+    sites = [Site(name, Kind.LINEAR, (3000, 512)) for name in ("one", "two", "three")]
+    before = {site.weight: torch.randn(site.shape) for site in sites}
+    _, after = merged(sharded(tmp_path / "base", before), adapter(*sites[1:]))
+    assert BLOCK // 2 < max(asked) <= BLOCK < before["one.weight"].nbytes
+    for site in sites[1:]:
+        assert torch.equal(after[site.weight], expected(before[site.weight], site, adapter(*sites[1:])))
 
 
 def packed(**more: Tensor) -> dict[str, Tensor]:
@@ -316,13 +309,6 @@ def test_another_shape_is_refused(one: Adapter, tmp_path: Path) -> None:
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     path = base(tmp_path / "base", {"a.weight": torch.ones(1), "x.a.weight": torch.ones(1)})
     refuses(path, adapter(), CheckpointError, r"both be called 'a\.weight'", rename=Rename(drops="x"))
-
-
-def test_a_stream_that_brings_more_than_was_announced_is_an_error(tmp_path: Path) -> None:
-    files = parts.outline(open_checkpoint(base(tmp_path / "base", base_tensors())), lambda name: name)
-    coming = [*parts.staying(files), ("more", torch.ones(1))]
-    with pytest.raises(CheckpointError, match="'more' came"):
-        parts.write_parts(tmp_path, files, coming, None, ignore)
 
 
 def refuses(path: Path, one: Adapter, kind: type[SurgeryError], message: str, **options: Any) -> SurgeryError:

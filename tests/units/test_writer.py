@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import pickle
 import resource
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peftsurgery.changes import Replacement
+from peftsurgery.disk import output
 from peftsurgery.disk.durable import copy_file, staged, write_json
+from peftsurgery.disk.pieces import Piece
 from peftsurgery.disk.shard import DTYPES, read_shard
-from peftsurgery.disk.writer import Entry, write_safetensors
-from peftsurgery.errors import CheckpointError
+from peftsurgery.disk.writer import ShardDone, ShardTask, write_shard
+from peftsurgery.errors import CheckpointError, TruncatedShard
 
 NEWER = (torch.float8_e8m0fnu,)
 """Dtypes that torch has and the installed reader has no word for."""
 
 
-def entries(tensors: dict[str, Tensor]) -> list[Entry]:
-    return [Entry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+def written(file: Path, tensors: dict[str, Tensor], **metadata: str) -> ShardDone:
+    pieces = tuple(Piece(name, tensor.dtype, tensor) for name, tensor in tensors.items())
+    return write_shard(ShardTask(file, pieces, metadata))
 
 
 def everything(room: Path) -> set[str]:
@@ -52,7 +59,7 @@ def samples() -> dict[str, Tensor]:
 
 def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
     file, tensors = tmp_path / "x.safetensors", samples()
-    write_safetensors(file, entries(tensors), iter(tensors.items()), {"format": "pt", "by": "us"})
+    written(file, tensors, format="pt", by="us")
     found = load_file(file)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -61,7 +68,9 @@ def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
     with safe_open(file, "pt") as opened:
         assert opened.metadata() == {"format": "pt", "by": "us"}
     assert [stored.name for stored in read_shard(file).tensors] == list(tensors)
-    assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
+    assert read_shard(file).tensors[0].start % 8 == 0
+    written(file, {"large": torch.zeros(1000, 1000)})
+    assert read_shard(file).tensors[0].start % 4096 == 0
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -69,35 +78,98 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def test_a_file_without_tensors_or_metadata_is_a_file(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "x", [], [], {})
+    written(tmp_path / "x", {})
     assert load_file(tmp_path / "x") == {}
 
 
-def test_one_stream_fills_several_files(tmp_path: Path) -> None:
-    tensors = {"a": torch.ones(2), "b": torch.zeros(3)}
-    coming = iter(tensors.items())
-    for entry in entries(tensors):
-        write_safetensors(tmp_path / "deep" / entry.name, [entry], coming, {})
-    assert load_file(tmp_path / "deep" / "b").keys() == {"b"}
+def base(path: Path) -> tuple[Piece, ...]:
+    """What a file can be made of: bytes moved, rows folded and cast, tensors replaced and new, at odd offsets."""
+    chance = torch.Generator().manual_seed(0)
+    held = {
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "long": torch.randn(3000, 500, generator=chance),
+        "half": torch.randn(1000, 700, generator=chance).half(),
+        "word": torch.randn(70, generator=chance).bfloat16(),
+        "tail": torch.randn(2000, 300, generator=chance),
+    }
+    save_file(held, path)
+    stored = {found.name: found for found in read_shard(path).tensors}
+    change = Replacement(torch.randn(2000, 300, generator=chance))
+    return (
+        Piece("first", torch.uint8, stored["odd"]),
+        Piece("moved", torch.float32, stored["long"]),
+        Piece("cast", torch.float32, stored["half"]),
+        Piece("again", torch.float16, stored["half"]),
+        Piece("word", torch.bfloat16, stored["word"]),
+        Piece("folded", torch.bfloat16, stored["tail"], (change,)),
+        Piece("new", torch.float64, torch.arange(5.0, dtype=torch.float64)),
+    )
 
 
-@pytest.mark.parametrize(
-    "coming",
-    [{}, {"b": torch.ones(2)}, {"a": torch.ones(3)}, {"a": torch.ones(2).half()}],
-    ids=["nothing", "name", "shape", "dtype"],
-)
-def test_a_stream_that_is_not_what_was_announced_is_an_error(
-    coming: dict[str, Tensor], tmp_path: Path
-) -> None:
-    with pytest.raises(CheckpointError, match="'a' was announced as"):
-        write_safetensors(tmp_path / "x", [Entry("a", torch.float32, (2,))], coming.items(), {})
+def refusing(refused: int) -> Callable[..., int]:
+    """A file system that opens files for direct writes, and refuses these."""
+    write = os.pwrite
+
+    def pwrite(descriptor: int, data: memoryview, start: int) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(refused, os.strerror(refused))
+        return write(descriptor, data, start)
+
+    return pwrite
+
+
+def test_however_it_is_written_the_file_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = base(tmp_path / "base")
+    task = ShardTask(tmp_path / "one", pieces, {"a": "b"}, 0o640, measure=True)
+    done = write_shard(task)
+    found, made = load_file(task.file), Replacement(pieces[5].changes[0].value)  # type: ignore[attr-defined]
+    before = load_file(tmp_path / "base")
+    assert torch.equal(found["moved"], before["long"]) and torch.equal(found["first"], before["odd"])
+    assert torch.equal(found["cast"], before["half"].float()) and torch.equal(found["again"], before["half"])
+    assert torch.equal(found["folded"], made.value.bfloat16())
+    assert (done.nbytes, list(done.tallies)) == (task.file.stat().st_size, ["folded"])
+    assert stat.S_IMODE(task.file.stat().st_mode) == 0o640
+    assert done.tallies["folded"].numel == 600_000
+
+    sent: ShardTask = pickle.loads(pickle.dumps(task))
+    again = [replace(sent, file=tmp_path / str(threads), threads=threads) for threads in (1, 3, 7)]
+    for other in again:
+        assert write_shard(other).tallies == done.tallies
+    for number, error in enumerate((errno.EINVAL, errno.ENOTSUP)):
+        monkeypatch.setattr(os, "pwrite", refusing(error))
+        again.append(replace(task, file=tmp_path / f"refused{number}"))
+        write_shard(again[-1])
+        monkeypatch.undo()
+    monkeypatch.setattr(output, "DIRECT", 0)
+    again.append(replace(task, file=tmp_path / "plain"))
+    write_shard(again[-1])
+    assert all(other.file.read_bytes() == task.file.read_bytes() for other in again)
+
+
+def test_writing_again_writes_the_same_file(tmp_path: Path) -> None:
+    task = ShardTask(tmp_path / "x", base(tmp_path / "base"))
+    write_shard(task)
+    first = task.file.read_bytes()
+    (tmp_path / ".x.partial").write_bytes(b"what an earlier run left")
+    task.file.write_bytes(b"something else")
+    write_shard(task)
+    assert task.file.read_bytes() == first
+    assert everything(tmp_path) == {"base", "x"}
+
+
+def test_a_base_that_shrinks_meanwhile_is_an_error(tmp_path: Path) -> None:
+    task = ShardTask(tmp_path / "out" / "x", base(tmp_path / "base"))
+    os.truncate(tmp_path / "base", 1_000_000)
+    with pytest.raises(TruncatedShard, match="changed while it was being read"):
+        write_shard(task)
+    assert not task.file.exists()
 
 
 def test_files_have_the_mode_that_the_user_asks_for(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         with staged(tmp_path / "out") as directory:
-            write_safetensors(directory / "x", [], [], {})
+            written(directory / "x", {})
             write_json(directory / "y", {})
     finally:
         os.umask(before)
@@ -171,7 +243,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     tensors = {"a": torch.ones(100), "b": torch.ones(1000)}
     message = r"x\.safetensors cannot be written: No space left on device\. Make room"
     with pytest.raises(CheckpointError, match=message), staged(tmp_path / "out") as directory:
-        write_safetensors(directory / "x.safetensors", entries(tensors), tensors.items(), {})
+        written(directory / "x.safetensors", tensors)
     assert everything(tmp_path) == set()
 
 
@@ -179,7 +251,7 @@ def test_what_the_kernel_refuses_leaves_nothing(tmp_path: Path) -> None:
     tensors = {"a": torch.ones(100_000)}
     refused = pytest.raises(CheckpointError, match="File too large")
     with refused, files_of_at_most(100_000), staged(tmp_path / "out") as directory:
-        write_safetensors(directory / "x", entries(tensors), tensors.items(), {})
+        written(directory / "x", tensors)
     assert everything(tmp_path) == set()
 
 

@@ -1,0 +1,116 @@
+"""A file of known size that several threads fill, past the cache of the system where it lets them.
+
+Buffered writes of many gigabytes are copied once more, crowd other programs out of the page cache, and threads that
+write one file wait for each other. Direct ones (O_DIRECT) do none of that; they take whole pages only, so that what
+lies before the first and after the last page of a write goes through the cache all the same.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from peftsurgery.disk.durable import created, rename, writing
+from peftsurgery.disk.durable import put as write
+from peftsurgery.disk.rooms import PAGE
+
+DIRECT = getattr(os, "O_DIRECT", 0)
+"""0 where the system has no such thing."""
+REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+@dataclass(slots=True)
+class Output:
+    """An open file.
+
+    Args:
+        plain: the descriptor for writes through the cache.
+        direct: the one for writes past it; None where the file system has none.
+    """
+
+    file: Path
+    plain: int
+    direct: int | None
+
+
+@contextmanager
+def output(file: Path, nbytes: int, mode: int | None = None) -> Iterator[Output]:
+    """A file of `nbytes` to fill, which gets its name, and is on the disk, when the block ends well.
+
+    Args:
+        mode: its permissions; what the user's mask leaves by default.
+
+    Raises:
+        CheckpointError: there is no room for it, or it cannot be written.
+    """
+    temporary = file.with_name(f".{file.name}.partial")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+    with created(temporary) as plain, _direct(temporary) as direct:
+        with writing(file):
+            _reserve(plain, nbytes, direct is not None)
+            if mode is not None:
+                os.fchmod(plain, mode)
+        yield Output(file, plain, direct)
+    rename(temporary, file)
+
+
+def put(out: Output, start: int, data: Tensor) -> None:
+    """Write bytes (uint8) at `start`; whole pages past the cache where that can be.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    view = data.numpy().data
+    head = -start % PAGE
+    body = (len(view) - head) // PAGE * PAGE
+    if (
+        body > 0
+        and (data.data_ptr() + head) % PAGE == 0
+        and _put_direct(out, view[head : head + body], start + head)
+    ):
+        write(out.file, out.plain, view[:head], start)
+        write(out.file, out.plain, view[head + body :], start + head + body)
+    else:
+        write(out.file, out.plain, view, start)
+
+
+def _put_direct(out: Output, view: memoryview, start: int) -> bool:
+    """Whether whole pages were written past the cache; some file systems are opened so and refuse it then."""
+    if out.direct is None:
+        return False
+    try:
+        taken = os.pwrite(out.direct, view, start)
+    except OSError as error:
+        if error.errno in REFUSED:
+            out.direct = None
+        return False  # written through the cache, which says what is the matter
+    write(out.file, out.plain, view[taken:], start + taken)
+    return True
+
+
+@contextmanager
+def _direct(file: Path) -> Iterator[int | None]:
+    try:
+        descriptor = os.open(file, os.O_WRONLY | DIRECT) if DIRECT else None
+    except OSError:
+        descriptor = None
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _reserve(descriptor: int, nbytes: int, real: bool) -> None:
+    """Give the file its size; on a real disk its blocks too, so that a full one says so before anything is written."""
+    os.ftruncate(descriptor, nbytes)
+    if real and nbytes:
+        os.posix_fallocate(descriptor, 0, nbytes)

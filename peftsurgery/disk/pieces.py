@@ -1,0 +1,143 @@
+"""What one tensor of an output is made of, and how it is made some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from peftsurgery.changes import Change
+from peftsurgery.disk.rooms import ROOMS
+from peftsurgery.disk.shard import Stored, read_into
+from peftsurgery.fold import fold_tile, tiles
+from peftsurgery.tally import Tally
+
+BLOCK = 2 << 20
+"""Bytes that are read, folded and written together."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """One tensor of an output.
+
+    Args:
+        name: what it is called there.
+        dtype: how it is stored there.
+        origin: the tensor of the base that it is made from, or a new one in memory.
+        changes: what is folded into it, from `fold.touches`.
+    """
+
+    name: str
+    dtype: torch.dtype
+    origin: Stored | Tensor
+    changes: tuple[Change, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.origin.shape)
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def row(self) -> int:
+        """Elements of one row: all there is to one index of the first axis."""
+        return prod(self.shape[1:])
+
+    @property
+    def source(self) -> torch.dtype:
+        """The dtype of what it is made from."""
+        return self.origin.torch_dtype if isinstance(self.origin, Stored) else self.origin.dtype
+
+    @property
+    def touched(self) -> bool:
+        """Whether a tensor of the base is changed, which is not said of a cast."""
+        return bool(self.changes) and isinstance(self.origin, Stored)
+
+    @property
+    def copied(self) -> Stored | None:
+        """What is copied byte for byte, where that is all there is to do."""
+        stored = self.origin if isinstance(self.origin, Stored) else None
+        return stored if not self.changes and self.dtype is self.source else None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Some rows of a piece: one or several of its tiles."""
+
+    tiles: tuple[slice, ...]
+
+    @property
+    def rows(self) -> slice:
+        """All of its rows."""
+        return slice(self.tiles[0].start, self.tiles[-1].stop)
+
+
+def blocks(piece: Piece, device: str = "cpu", nbytes: int = BLOCK) -> Iterator[Block]:
+    """The piece, cut at the borders of its tiles into blocks of about `nbytes`, in order."""
+    wide = piece.row * max(piece.dtype.itemsize, piece.source.itemsize)
+    held: list[slice] = []
+    for rows in tiles(piece.changes, piece.shape, device):
+        if held and (rows.stop - held[0].start) * wide > nbytes:
+            yield Block(tuple(held))
+            held = []
+        held.append(rows)
+    yield Block(tuple(held))
+
+
+def read(piece: Piece, block: Block) -> Tensor:
+    """The rows of a block as they are in what the piece is made from: (rows, …), or () for a scalar.
+
+    They are the thread's until it reads the next.
+
+    Raises:
+        CheckpointError: the file cannot be read, or has changed.
+    """
+    origin, rows = piece.origin, block.rows
+    if isinstance(origin, Tensor):
+        return (origin.detach()[rows] if origin.ndim else origin.detach()).cpu()
+    shape = (rows.stop - rows.start, *piece.shape[1:]) if piece.shape else ()
+    begin = origin.start + rows.start * piece.row * piece.source.itemsize
+    raw = ROOMS.room("base", prod(shape) * piece.source.itemsize)
+    read_into(origin.file, begin, raw.numpy().data)
+    return raw.view(piece.source).view(shape)
+
+
+def make(
+    piece: Piece, block: Block, base: Tensor, out: Tensor, *, device: str = "cpu", measure: bool = False
+) -> Tally:
+    """Fold a block: `base` is what `read` gave, `out` has its shape and the piece's dtype.
+
+    Raises:
+        NonFiniteWeight: folding gave a NaN or an infinity.
+    """
+    if not piece.changes:
+        out.copy_(base)
+        return Tally()
+    found, first = Tally(), block.rows.start
+    for rows in block.tiles:
+        here = slice(rows.start - first, rows.stop - first) if piece.shape else ...
+        found += fold_tile(
+            piece.name, piece.changes, base[here], rows, out[here], device=device, measure=measure
+        )
+    return found
+
+
+def span(piece: Piece, rows: slice) -> tuple[int, int]:
+    """Where these rows begin and end in the piece as it is stored in the output, in bytes."""
+    wide = piece.row * piece.dtype.itemsize
+    return rows.start * wide, rows.stop * wide
+
+
+def total(pieces: Sequence[Piece]) -> int:
+    """The bytes of all of them."""
+    return sum(piece.nbytes for piece in pieces)
