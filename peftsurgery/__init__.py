@@ -36,6 +36,7 @@ _HOMES = {
     "convert": "commands.convert",
     "export_onnx": "commands.export_onnx",
     "folded": "fold",
+    "generate": "commands.generate",
     "inject": "commands.inject",
     "inspect": "commands.inspect",
     "load_adapter": "commands.adapter_files",
@@ -77,6 +78,7 @@ __all__ = [
     "convert",
     "export_onnx",
     "folded",
+    "generate",
     "inject",
     "inspect",
     "load_adapter",
@@ -98,6 +100,7 @@ if TYPE_CHECKING:
     from peftsurgery.commands.bake import bake
     from peftsurgery.commands.convert import convert
     from peftsurgery.commands.export_onnx import export_onnx
+    from peftsurgery.commands.generate import generate
     from peftsurgery.commands.inject import inject, plan
     from peftsurgery.commands.inspect import inspect, sites
     from peftsurgery.commands.merge import merge

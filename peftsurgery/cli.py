@@ -13,12 +13,14 @@ from peftsurgery.errors import SurgeryError
 from peftsurgery.flags import (
     READINGS,
     SETTINGS,
+    export_options,
     reading_options,
     report_options,
     setting_options,
     soft_options,
     trust_options,
     word_options,
+    writing_options,
 )
 
 EXIT_FAILED = 1
@@ -231,36 +233,7 @@ def convert_command(**options: Any) -> None:
 
 @main.command("export-onnx")
 @click.argument("model")
-@click.option("--adapter", "adapters", multiple=True, help="An adapter to export with it. Repeatable.")
-@click.option("-o", "--out", type=click.Path(), required=True, help="The directory to write.")
-@click.option(
-    "--factored", is_flag=True, help="Keep the adapter's factors in the graph instead of merging them."
-)
-@click.option(
-    "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
-)
-@click.option("--task", help="The task, e.g. seq-cls, where the checkpoint does not say it.")
-@click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset.")
-@click.option(
-    "--no-verify", "verify", is_flag=True, default=True, flag_value=False, help="Do not compare with torch."
-)
-@click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32.")
-@click.option(
-    "--external-weights", is_flag=True, help="Keep the weights in model.onnx_data, whatever their size."
-)
-@click.option(
-    "--share-weights",
-    type=click.Path(),
-    metavar="ONNX_DIR",
-    help="Link the weights of another export that are the same, instead of writing them again.",
-)
-@click.option(
-    "--weights",
-    type=click.Choice(["copy", "reference"]),
-    default="copy",
-    show_default=True,
-    help="Write the weights with the graph, or let it read them in the checkpoint's own files.",
-)
+@export_options
 @reading_options
 @trust_options
 @report_options
@@ -270,6 +243,23 @@ def export_onnx_command(**options: Any) -> None:
 
     flags, said = shown(options), chosen_reading(options)
     run(flags, lambda listen: export_onnx(listen=listen, reading=said(), **options))
+
+
+@main.command("generate")
+@click.argument("model", metavar="ONNX_DIR")
+@writing_options
+@report_options
+def generate_command(**options: Any) -> None:
+    """Go on with a text, by a decoder's export, as a server would run it."""
+    from peftsurgery.commands.generate import generate
+
+    flags = shown(options)
+    silent = flags["quiet"] or flags["as_json"] or len(options["prompts"]) > 1
+
+    def say(event: Any) -> None:
+        click.echo(event.name + ("\n" if event.done == event.total else ""), nl=False)
+
+    run(flags, lambda listen: generate(listen=listen if silent else say, **options))
 
 
 @main.command("verify")

@@ -6,8 +6,18 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftsurgery.commands.exporting import Order, certificate, companions, report, traced, verified
+from peftsurgery.commands.exporting import (
+    Order,
+    Traced,
+    certificate,
+    companions,
+    report,
+    traced,
+    verified,
+    write_prefix,
+)
 from peftsurgery.commands.operating import operated, stays
+from peftsurgery.commands.prefixed import KEPT
 from peftsurgery.commands.report import Report, size
 from peftsurgery.commands.stored_weights import Base, base_of
 from peftsurgery.disk.durable import added, lend, staged, write_json
@@ -18,7 +28,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from peftsurgery.graph.parity import Parity
-    from peftsurgery.graph.signature import Signature
 
 GRAPH, CERTIFICATE = "model.onnx", "peftsurgery.json"
 
@@ -39,10 +48,10 @@ def export_by_reference(order: Order, listen: Listener) -> Report:
     if beside:
         _check_own(base)
     with operated(base.model, *order.worn) as live:
-        graph, signature = traced(live, order, base.spans())
+        made = traced(live, order, base.spans())
     listen(Event("export", "writing", 1, 3))
     write = _beside if beside else _apart
-    done = write(order, base, graph, signature, listen)
+    done = write(order, base, made, listen)
     listen(Event("export", "done", 3, 3))
     return done
 
@@ -76,36 +85,41 @@ def _check_own(base: Base) -> None:
         )
 
 
-def _apart(order: Order, base: Base, graph: ir.Model, signature: Signature, listen: Listener) -> Report:
+def _apart(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
     """Into a directory of its own, which gets the checkpoint's files as cheaply as its file system can."""
     from peftsurgery.graph import reference, weights
 
     source = base.checkpoint.path
     with staged(order.out) as directory:
-        lent = {name: lend(source / name, directory / name) for name in reference.files(graph)}
-        reference.move(graph, directory)
-        weights.save(graph, directory, GRAPH)
+        lent = {name: lend(source / name, directory / name) for name in reference.files(made.graph)}
+        reference.move(made.graph, directory)
+        weights.save(made.graph, directory, GRAPH)
+        write_prefix(made, directory / KEPT)
         companions(order, base.model, directory)
-        parity = _compared(order, signature, directory / GRAPH, listen)
+        parity = _compared(order, directory / GRAPH, listen)
         write_json(directory / CERTIFICATE, certificate(base.model, order, parity))
         copied = sum((directory / name).stat().st_size for name, (way, _) in lent.items() if way == "copy")
         written = (directory / GRAPH).stat().st_size + copied
-        more = _facts(graph, {name: way for name, (way, _) in lent.items()}, _said(lent))
-        return report(base.model, order, written, signature, parity, more)
+        more = _facts(made.graph, {name: way for name, (way, _) in lent.items()}, _said(lent))
+        return report(base.model, order, written, made.signature, parity, more)
 
 
-def _beside(order: Order, base: Base, graph: ir.Model, signature: Signature, listen: Listener) -> Report:
+def _beside(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
     """Beside the checkpoint's own files, none of which is touched."""
     from peftsurgery.graph import reference, weights
 
     path = base.checkpoint.path
-    with added(path, GRAPH, CERTIFICATE) as (file, said):
-        weights.save(graph, path, file.name)
-        parity = _compared(order, signature, file, listen)
+    with added(path, GRAPH, CERTIFICATE, *([KEPT] if made.apart else [])) as (file, said, *kept):
+        for prefix in kept:
+            write_prefix(made, prefix)
+        weights.save(made.graph, path, file.name)
+        parity = _compared(order, file, listen)
         before = _made(path / CERTIFICATE)
         write_json(said, {**certificate(base.model, order, parity), **({"model": before} if before else {})})
-        more = _facts(graph, dict.fromkeys(reference.files(graph), "own"), "the checkpoint's own, untouched")
-        return report(base.model, order, file.stat().st_size, signature, parity, more)
+        more = _facts(
+            made.graph, dict.fromkeys(reference.files(made.graph), "own"), "the checkpoint's own, untouched"
+        )
+        return report(base.model, order, file.stat().st_size, made.signature, parity, more)
 
 
 def _made(file: Path) -> Any:
@@ -116,12 +130,12 @@ def _made(file: Path) -> Any:
     return said.get("model") if said.get("verb") == "export-onnx" else said
 
 
-def _compared(order: Order, signature: Signature, graph: Path, listen: Listener) -> Parity | None:
+def _compared(order: Order, graph: Path, listen: Listener) -> Parity | None:
     listen(Event("export", "verifying", 2, 3))
     if not order.verify:
         return None
     with operated(order.model, *order.worn) as live:
-        return verified(live, signature, graph, order.tolerance)
+        return verified(live, order, graph)
 
 
 def _facts(graph: ir.Model, ways: dict[str, str], said: str) -> dict[str, Any]:

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, NamedTuple
 from peftsurgery.adapter import check
 from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.by_reference import export_by_reference
-from peftsurgery.commands.exporting import Order, certificate, companions, report, traced, verified
+from peftsurgery.commands.exporting import (
+    Order,
+    certificate,
+    companions,
+    report,
+    traced,
+    verified,
+    write_prefix,
+)
 from peftsurgery.commands.operating import operated
+from peftsurgery.commands.prefixed import BAKED, FILE, KEPT
 from peftsurgery.commands.report import Report
 from peftsurgery.disk.durable import staged, write_json
 from peftsurgery.errors import PlanError
@@ -47,6 +56,7 @@ def export_onnx(
     external_weights: bool = False,
     share_weights: str | Path | None = None,
     weights: str = COPY,
+    prefix: str = BAKED,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -70,6 +80,8 @@ def export_onnx(
             and not written again, so that many prompts or heads share one file of their base.
         weights: `copy` writes the weights with the graph; `reference` lets the graph read them where they are,
             in the checkpoint's safetensors files, which are never loaded for it (for verifying they are).
+        prefix: what becomes of a decoder's soft prompt: `baked` into the graph, whose inputs speak of the caller's
+            own tokens alone, or a `file`, `prefix.safetensors`, that a session feeds to the graph of the base.
 
     Raises:
         UnsupportedModel: no export for this architecture or task.
@@ -78,8 +90,9 @@ def export_onnx(
     """
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
     order = Order(
-        model, given, Path(out), factored, task, opset, verify, tolerance, reading, trust_remote_code
+        model, given, Path(out), factored, task, opset, verify, tolerance, reading, trust_remote_code, prefix
     )
+    _check_prefix(prefix)
     kept = _Weights(external_weights, share_weights)
     if _by_reference(weights, kept):
         return export_by_reference(order, listen)
@@ -97,12 +110,17 @@ def _by_reference(weights: str, kept: _Weights) -> bool:
     return weights == REFERENCE
 
 
+def _check_prefix(prefix: str) -> None:
+    if prefix not in (BAKED, FILE):
+        raise PlanError(f"prefix is {prefix!r} and is {BAKED!r} or {FILE!r}. Nothing was written.")
+
+
 def _export_copy(order: Order, kept: _Weights, listen: Listener) -> Report:
     with staged(order.out) as directory, operated(order.model, *order.worn) as live:
         signature = _write_graph(order, live, directory, kept, listen)
         listen(Event("export", "verifying", 2, 3))
         graph = directory / "model.onnx"
-        parity = verified(live, signature, graph, order.tolerance) if order.verify else None
+        parity = verified(live, order, graph) if order.verify else None
         write_json(directory / "peftsurgery.json", certificate(live, order, parity))
         nbytes = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
         listen(Event("export", "done", 3, 3))
@@ -115,10 +133,11 @@ def _write_graph(
     from peftsurgery.graph import weights
 
     listen(Event("export", "tracing", 0, 3))
-    graph, signature = traced(live, order)
+    done = traced(live, order)
     listen(Event("export", "writing", 1, 3))
     if kept.shared is not None:
-        weights.share(graph, Path(kept.shared) / "model.onnx", directory)
-    weights.save(graph, directory, inline=0 if kept.external else weights.INLINE)
+        weights.share(done.graph, Path(kept.shared) / "model.onnx", directory)
+    weights.save(done.graph, directory, inline=0 if kept.external else weights.INLINE)
+    write_prefix(done, directory / KEPT)
     companions(order, live, directory)
-    return signature
+    return done.signature

@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from peftsurgery import __version__
 from peftsurgery.adapter import Adapter
 from peftsurgery.commands.companions import carry, merged_config
-from peftsurgery.commands.operating import signature_of, stays
+from peftsurgery.commands.operating import operated, stays
+from peftsurgery.commands.prefixed import computed, generates, plain
 from peftsurgery.commands.report import Report, size
+from peftsurgery.disk.adapter_files import put
 from peftsurgery.disk.durable import write_json
 from peftsurgery.disk.locate import locate
 from peftsurgery.live import soft
@@ -43,6 +46,7 @@ class Order:
     tolerance: float | None
     reading: Reading
     trust_remote_code: bool
+    prefix: str
 
     @property
     def worn(self) -> tuple[list[Adapter], bool, str | None, bool, Reading]:
@@ -58,15 +62,46 @@ class Order:
         return " + ".join(forms) or "base"
 
 
-def traced(live: nn.Module, order: Order, held: Mapping[str, Span] | None = None) -> tuple[Any, Signature]:
-    """The graph and its signature; initializers in `held` stay where they lie."""
+class Traced(NamedTuple):
+    """A graph, its signature, and the keys and values of soft prompts that it does not hold itself."""
+
+    graph: Any
+    signature: Signature
+    apart: Mapping[str, Tensor]
+
+
+def traced(live: nn.Module, order: Order, held: Mapping[str, Span] | None = None) -> Traced:
+    """The graph of a model; initializers in `held` stay where they lie."""
     from peftsurgery.graph.export import trace
 
-    said = signature_of(live, order.task)
-    tables, tokens = soft.named(live)
-    names = partial(canonical_name, live)
-    tabled = [names(table) for table in tables]
-    return trace(live, said, names=names, opset=order.opset, tables=tabled, tokens=tokens, held=held), said
+    with plain(live, order.task, _prefix(order, live, held), form=order.prefix) as bare:
+        tables, tokens = soft.named(live)
+        names = partial(canonical_name, live)
+        graph = trace(
+            live,
+            bare.signature,
+            names=names,
+            opset=order.opset,
+            tables=[names(table) for table in tables],
+            tokens=tokens,
+            held=held,
+            prefix=bare.prefix,
+        )
+    return Traced(graph, bare.signature, bare.apart)
+
+
+def write_prefix(done: Traced, file: Path) -> None:
+    """Write the keys and values of soft prompts, where they are not in the graph."""
+    if done.apart:
+        put(file, [*done.apart.items()])
+
+
+def _prefix(order: Order, live: nn.Module, held: Mapping[str, Span] | None) -> dict[str, Tensor] | None:
+    """The keys and values of virtual tokens, computed with the weights that a traced model may not have."""
+    if held is None or soft.count(live) == 0 or not generates(live, order.task):
+        return None
+    with operated(order.model, *order.worn) as real:
+        return computed(real)
 
 
 def companions(order: Order, live: nn.Module, directory: Path) -> None:
@@ -80,7 +115,7 @@ def companions(order: Order, live: nn.Module, directory: Path) -> None:
     write_json(directory / "config.json", config.to_dict())
 
 
-def verified(live: nn.Module, signature: Signature, graph: Path, tolerance: float | None) -> Parity:
+def verified(live: nn.Module, order: Order, graph: Path) -> Parity:
     """The comparison of the graph in a file with the live model.
 
     Raises:
@@ -90,12 +125,13 @@ def verified(live: nn.Module, signature: Signature, graph: Path, tolerance: floa
     from peftsurgery.graph.session import Session
 
     dtype = next(live.parameters()).dtype
-    found = parity.compare(
-        Session(graph),
-        parity.torch_runner(live, signature),
-        signature,
-        tolerance=parity.tolerance(dtype) if tolerance is None else tolerance,
-    )
+    with plain(live, order.task, form=order.prefix) as bare:
+        found = parity.compare(
+            Session(graph),
+            parity.torch_runner(live, bare.signature, bare.prefix),
+            bare.signature,
+            tolerance=parity.tolerance(dtype) if order.tolerance is None else order.tolerance,
+        )
     return parity.check(found)
 
 

@@ -11,7 +11,8 @@ import torch
 from peftsurgery.adapter import Adapter, check
 from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.exporting import parity_table
-from peftsurgery.commands.operating import loaded, operated, signature_of
+from peftsurgery.commands.operating import loaded, operated
+from peftsurgery.commands.prefixed import plain
 from peftsurgery.commands.report import Report
 from peftsurgery.disk.checkpoint import INDEX, SINGLE
 from peftsurgery.errors import PlanError
@@ -85,13 +86,17 @@ def _compared(
     from peftsurgery.graph import parity
 
     given, task, trust_remote_code, reading = worn
-    with operated(against, given, True, task, trust_remote_code, reading) as reference:
-        said, dtype = signature_of(reference, task), _dtype(reference)
+    with (
+        operated(against, given, True, task, trust_remote_code, reading) as reference,
+        plain(reference, task) as bare,
+    ):
+        said, dtype = bare.signature, _dtype(reference)
         runner, other = _runner(model, said, trust_remote_code)
         widest = max(parity.tolerance(dtype), parity.tolerance(other))
         allowed = widest if tolerance is None else tolerance
         listen(Event("verify", "comparing", 1, 2))
-        return parity.compare(runner, parity.torch_runner(reference, said), said, tolerance=allowed)
+        right = parity.torch_runner(reference, said, bare.prefix)
+        return parity.compare(runner, right, said, tolerance=allowed)
 
 
 def _runner(model: nn.Module | str | Path, said: Signature, trust: bool) -> tuple[Runner, torch.dtype]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftsurgery.errors import UnsupportedModel
 
-PAST, PRESENT = "past_key_values", "present"
+PAST, PRESENT, PREFIX = "past_key_values", "present", "prefix"
 PARTS = ("key", "value")
 
 
@@ -55,3 +56,37 @@ def named(cache: Any, kind: str = PRESENT) -> dict[str, Tensor]:
         for i, pair in enumerate(pairs)
         for part, tensor in zip(PARTS, pair, strict=True)
     }
+
+
+def behind(prefix: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The feeds of a model that reads a constant `prefix` first; the caller's speak of the caller's own tokens.
+
+    Args:
+        prefix: `prefix.<layer>.key` and `.value`, each (key-value heads, n, head width).
+    """
+    if not prefix:
+        return dict(feeds)
+    count, rows = count_of(prefix), feeds["input_ids"].shape[0]
+    wide = dict(feeds)
+    wide["attention_mask"] = torch.cat(
+        [feeds["attention_mask"].new_ones(rows, count), feeds["attention_mask"]], 1
+    )
+    if "position_ids" in feeds:
+        wide["position_ids"] = feeds["position_ids"] + count
+    for key, constant in prefix.items():
+        past = key.replace(PREFIX, PAST)
+        wide[past] = torch.cat([constant.to(feeds[past]).expand(rows, -1, -1, -1), feeds[past]], 2)
+    return wide
+
+
+def beyond(prefix: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The outputs of such a model without what the prefix takes in its cache."""
+    if not prefix:
+        return dict(given)
+    count = count_of(prefix)
+    return {n: t[:, :, count:] if n.startswith(f"{PRESENT}.") else t for n, t in given.items()}
+
+
+def count_of(prefix: Mapping[str, Any]) -> int:
+    """How many virtual tokens a prefix has."""
+    return int(next(iter(prefix.values())).shape[1]) if prefix else 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.errors import ExportError, UnsupportedModel
-from peftsurgery.graph import passes, reference, sites, virtual
+from peftsurgery.graph import cache, passes, reference, sites, virtual
 from peftsurgery.graph.inputs import as_torch, batch
 from peftsurgery.graph.posture import eager, evaluating
 from peftsurgery.graph.reference import Span
@@ -31,17 +31,31 @@ PAST = 5
 """How many tokens a traced decoder has seen."""
 
 
-class Flat(nn.Module):
-    """A model that takes and gives plain tensors, in the signature's order."""
+class Constant(nn.Module):
+    """The keys and values that one layer of a decoder reads first."""
 
-    def __init__(self, model: nn.Module, signature: Signature) -> None:
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.key, self.value = nn.Buffer(key), nn.Buffer(value)
+
+
+class Flat(nn.Module):
+    """A model that takes and gives plain tensors, in the signature's order, behind its constant prefix."""
+
+    def __init__(self, model: nn.Module, signature: Signature, prefix: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.wrapped = model
         self.signature = signature
+        layers = range(len(prefix) // 2)
+        self.prefix = nn.ModuleList(
+            Constant(prefix[f"prefix.{i}.key"], prefix[f"prefix.{i}.value"]) for i in layers
+        )
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         names = (port.name for port in self.signature.inputs)
-        given = call(self.wrapped, dict(zip(names, tensors, strict=True)))
+        prefix = {f"prefix.{name}": tensor for name, tensor in self.prefix.named_buffers()}
+        feeds = cache.behind(prefix, dict(zip(names, tensors, strict=True)))
+        given = cache.beyond(prefix, call(self.wrapped, feeds))
         return tuple(given[port.name] for port in self.signature.outputs)
 
 
@@ -54,6 +68,7 @@ def trace(
     tables: Collection[str] = (),
     tokens: Mapping[str, Tensor] | None = None,
     held: Mapping[str, Span] | None = None,
+    prefix: Mapping[str, Tensor] | None = None,
 ) -> ir.Model:
     """The model as an ONNX graph, dynamic in batch and length; the model is left as it was.
 
@@ -66,18 +81,21 @@ def trace(
         tables: initializers that hold virtual tokens and are evaluated as far as they go.
         tokens: what to call the evaluated parts → their values (see `virtual.bake`).
         opset: version of the ONNX operators.
+        prefix: constant keys and values that a decoder reads first (see `cache.behind`); initializers of these names.
         held: where the initializers lie whose parameters have no bytes; they stay there, (out, in).
 
     Raises:
         UnsupportedModel: torch cannot trace it.
         ExportError: the traced graph reads no attention mask, or gives two parameters one name.
     """
-    flat = Flat(model, signature)
+    flat = Flat(model, signature, prefix or {})
     with evaluating(flat), eager(model), _quiet():
         graph = _traced(flat, signature, opset)
     parameters = _rename(graph, model, names)
     reference.point(graph, held or {})
-    passes.lean(graph, parameters, bake=partial(virtual.bake, tables=tables, tokens=tokens or {}))
+    passes.lean(
+        graph, {*parameters, *(prefix or {})}, bake=partial(virtual.bake, tables=tables, tokens=tokens or {})
+    )
     reference.read_as_stored(graph)
     _dress(graph, signature)
     _record(graph, signature)

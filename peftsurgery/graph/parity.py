@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from peftsurgery.errors import ParityError
+from peftsurgery.graph import cache
 from peftsurgery.graph.inputs import SHAPES, Array, as_torch, generated
 from peftsurgery.graph.posture import evaluating
 from peftsurgery.graph.signature import Port, Signature, call
@@ -131,13 +132,21 @@ def check(parity: Parity) -> Parity:
     )
 
 
-def torch_runner(model: nn.Module, signature: Signature) -> Runner:
-    """The live model as a runner: in evaluation mode, in its own dtype, on its own device."""
+def torch_runner(
+    model: nn.Module, signature: Signature, prefix: Mapping[str, torch.Tensor] | None = None
+) -> Runner:
+    """The live model as a runner: in evaluation mode, in its own dtype, on its own device.
+
+    Args:
+        prefix: constant keys and values that a decoder reads first.
+    """
+    constant = prefix or {}
 
     def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
         device = next(model.parameters()).device
         with evaluating(model):
-            found = call(model, as_torch(feeds, signature, device))
+            wide = cache.behind(constant, as_torch(feeds, signature, device))
+            found = cache.beyond(constant, call(model, wide))
         return {port.name: found[port.name].double().cpu().numpy() for port in signature.outputs}
 
     return run

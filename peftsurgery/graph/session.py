@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from peftsurgery.errors import ExportError
+from peftsurgery.graph import cache
 from peftsurgery.graph.signature import BATCH, LENGTH, RECORDED, Port, Signature, longest
 
 Feeds = Mapping[str, npt.NDArray[Any]]
@@ -61,6 +62,34 @@ class Session:
         given = {name: np.ascontiguousarray(feeds[name]) for name in names}
         outputs = [port.name for port in self._session.get_outputs()]
         return dict(zip(outputs, self._session.run(None, given), strict=True))
+
+    def step(self, feeds: Feeds, past: Mapping[str, Any]) -> tuple[npt.NDArray[Any], dict[str, Any]]:
+        """The logits of new tokens behind a `past`, and the past of the next step, which stays on the device.
+
+        Args:
+            feeds: arrays by name; one that the graph does not take is left out.
+            past: by the names of the inputs: arrays, or what the step before gave.
+        """
+        import onnxruntime as ort
+
+        device = "cuda" if self.provider == CUDA else "cpu"
+        binding, given = self._session.io_binding(), {**feeds, **past}
+        for port in self._session.get_inputs():
+            value = given[port.name]
+            if not isinstance(value, ort.OrtValue):
+                value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), device, 0)
+            binding.bind_ortvalue_input(port.name, value)
+        names = [port.name for port in self._session.get_outputs()]
+        for name in names:
+            binding.bind_output(name, "cpu" if name == names[0] else device)
+        self._session.run_with_iobinding(binding)
+        logits, *present = binding.get_outputs()
+        return logits.numpy(), dict(zip(self.past_ports(), present, strict=True))
+
+    def past_ports(self) -> dict[str, tuple[int, int, str]]:
+        """For each key and value that goes in: its heads, its head width, its dtype."""
+        ports = (_port(port, {}) for port in self._session.get_inputs())
+        return {p.name: (int(p.axes[1]), int(p.axes[3]), p.dtype) for p in ports if cache.is_cached([p.name])}
 
     def __call__(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         return self.run(feeds)

@@ -16,6 +16,8 @@ from torch import nn
 
 from peftsurgery.graph import weights
 from peftsurgery.graph.export import trace
+from peftsurgery.graph.generation import Sampling, steps
+from peftsurgery.graph.session import Session
 from peftsurgery.graph.signature import signature
 
 SCRATCH = TemporaryDirectory()
@@ -152,3 +154,20 @@ def test_every_parameter_keeps_its_name(name: str) -> None:
     held = {tensor.name for tensor in onnx.load(path).graph.initializer}
     lost = {parameter for parameter, _ in model.named_parameters()} - held
     assert not lost
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
+    model, path = exported(name)
+    ids, mask = text(3, 10)
+    with torch.no_grad():
+        expected = model.generate(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    found = np.stack([*steps(Session(path), ids, mask, Sampling(12))], 1)
+    assert found.tolist() == expected[:, 10:].tolist()

@@ -47,6 +47,7 @@ def test_public_names() -> None:
             "convert",
             "export_onnx",
             "folded",
+            "generate",
             "inject",
             "inspect",
             "load_adapter",
