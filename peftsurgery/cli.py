@@ -191,6 +191,9 @@ def remove_command(**options: Any) -> None:
 @click.option("--untie", is_flag=True, help="Give a tied weight that the adapter changes a copy of its own.")
 @click.option("--task", help="The task of the merged model, where the adapter does not say it.")
 @click.option("--dtype", help="float32, float16 or bfloat16; each tensor's own by default.")
+@click.option(
+    "--max-shard-size", help="Cut the weights into files of this size, e.g. 5GB; as the base by default."
+)
 @click.option("--device", default="cpu", show_default=True, help="Where folding is computed, e.g. cuda.")
 @trust_options
 @report_options

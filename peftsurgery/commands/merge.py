@@ -21,6 +21,7 @@ from peftsurgery.dtypes import dtype_named
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Listener, ignore
 from peftsurgery.fold import touches
+from peftsurgery.sizes import nbytes_named
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,6 +38,7 @@ def merge(
     untie: bool = False,
     task: str | None = None,
     dtype: str | None = None,
+    max_shard_size: str | int | None = None,
     device: str = "cpu",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -44,7 +46,7 @@ def merge(
 ) -> Undo | Report:
     """Fold adapters into W0: of a live model, of a safetensors checkpoint, or of an ONNX file.
 
-    Folding is done in float32 and rounded once. A checkpoint is streamed into a new directory that
+    Folding is done in float32 and rounded once. A checkpoint goes block by block into a new directory that
     `from_pretrained` loads: config, labels and tokenizer travel along. A live model is changed in
     place, and what comes back, called, undoes it.
 
@@ -55,6 +57,8 @@ def merge(
         weight: a factor for each adapter's effect; 1 by default.
         untie: write a copy of a tied weight that the adapter changes for one of its names only.
         task, dtype: those of the merged model, where they are not the adapter's and the base's.
+        max_shard_size: bytes of tensors in a file, as `5GB` or a number; the base's own files by default.
+        device: where folding is computed, e.g. `cuda`.
 
     Raises:
         AdapterError, FoldError, PlanError, CheckpointError: inputs and output are as they were.
@@ -66,7 +70,8 @@ def merge(
     target = _place(model, out)
     if str(model).endswith(".onnx"):
         return _merge_graph(Path(model), given, target, listen)
-    return _merge_disk(model, given, target, untie, task, dtype, device, trust_remote_code, listen)
+    nbytes = nbytes_named(max_shard_size)
+    return _merge_disk(model, given, target, untie, task, dtype, nbytes, device, trust_remote_code, listen)
 
 
 def _merge_live(model: nn.Module, adapters: list[Adapter], untie: bool, listen: Listener) -> Undo:
@@ -90,6 +95,7 @@ def _merge_disk(
     untie: bool,
     task: str | None,
     dtype: str | None,
+    max_shard_size: int | None,
     device: str,
     trust_remote_code: bool,
     listen: Listener,
@@ -107,6 +113,7 @@ def _merge_disk(
             rename=plan.rename,
             twins=plan.twins,
             dtype=wanted,
+            max_shard_size=max_shard_size,
             device=device,
             listen=listen,
         )

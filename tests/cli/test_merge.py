@@ -80,6 +80,19 @@ def test_sharded_bf16_is_bit_equal_to_peft(
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == len(list(llama.glob("*.safetensors")))
 
 
+def test_files_of_a_size(run: Run, llama: Path, llama_adapter: Path, tmp_path: Path) -> None:
+    assert run("merge", llama, llama_adapter, "-o", tmp_path / "same").exit_code == 0
+    words = ("merge", llama, llama_adapter, "-o")
+    assert run(*words, tmp_path / "out", "--max-shard-size", "10kB").exit_code == 0
+    sizes = [file.stat().st_size for file in (tmp_path / "out").glob("model-*.safetensors")]
+    assert len(sizes) > 3 and max(sizes) < 15_000
+    one, other = (load_checked(tmp_path / name, AutoModelForCausalLM) for name in ("same", "out"))
+    assert torch.equal(logits(one), logits(other))
+    refused = run(*words, tmp_path / "no", "--max-shard-size", "big")
+    assert refused.exit_code == 1 and "'big' is no size" in refused.stderr
+    assert not (tmp_path / "no").exists()
+
+
 def test_several_with_weights(run: Run, llama: Path, llama_adapter: Path, tmp_path: Path) -> None:
     words = ("merge", llama, llama_adapter, llama_adapter, "--dtype", "float32", "-o")
     assert run(*words, tmp_path / "sum", "--weight", 0.75, "--weight", 0.25).exit_code == 0

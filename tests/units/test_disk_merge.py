@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,6 +201,31 @@ def test_a_dtype_is_for_every_floating_tensor(tmp_path: Path) -> None:
     assert torch.equal(after["classifier.weight"], one.replaced["classifier.weight"])
     assert torch.equal(after[head.weight], before[TABLE.weight].float())
     assert {name for name, tensor in after.items() if tensor.dtype is not torch.float32} == {"position_ids"}
+
+
+@pytest.mark.parametrize("layout", [base, sharded])
+def test_files_are_cut_as_one_asks(
+    layout: Callable[[Path, Mapping[str, Tensor]], Path], tmp_path: Path
+) -> None:
+    """In the order of their bytes; what is larger than a file has one for itself."""
+    before, one = base_tensors(), adapter(QUERY, MIX, replaced={"classifier.weight": torch.ones(3, 8)})
+    path = layout(tmp_path / "base", before)
+    whole = merged(path, one)[1]
+    (tmp_path / "out").rename(tmp_path / "whole")
+    for size, counts in ((1, {6}), (300, {4, 5}), (10**9, {1})):
+        done, after = merged(path, one, max_shard_size=size)
+        assert all(torch.equal(after[name], whole[name]) for name in (*before, "classifier.weight"))
+        found = open_checkpoint(tmp_path / "out")
+        held = [shard.tensors for shard in found.shards]
+        assert len(held) in counts
+        assert found.indexed == (INDEX in done.files) == (len(held) > 1)
+        assert all(len(t) == 1 or sum(stored.nbytes for stored in t) <= size for t in held)
+        assert [stored.name for t in held for stored in t] == [
+            *(stored.name for stored in open_checkpoint(path).tensors.values()),
+            "classifier.weight",
+        ]
+        assert {*done.files} == {*os.listdir(tmp_path / "out")}
+        shutil.rmtree(tmp_path / "out")
 
 
 def test_several_adapters_are_summed_before_the_one_rounding(tmp_path: Path) -> None:
