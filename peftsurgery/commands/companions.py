@@ -54,6 +54,12 @@ def merged_config(source: Path, model: nn.Module, *, dtype: str | None, untied: 
     return said
 
 
+def config_changes(source: Path, model: nn.Module) -> list[str]:
+    """The words of the source's config.json that would not be true of the merged model."""
+    before, after = _config(source), merged_config(source, model, dtype=None, untied=False)
+    return [word for word, value in before.items() if after.get(word) != value]
+
+
 def refuse_quantised(source: Path) -> None:
     """Raise a PlanError where a model's configuration says that its weights are quantised, whatever the format."""
     said = _config(source).get("quantization_config")
