@@ -14,6 +14,7 @@ from peftsurgery.flags import (
     READINGS,
     SETTINGS,
     export_options,
+    merge_options,
     reading_options,
     report_options,
     setting_options,
