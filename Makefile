@@ -72,7 +72,6 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.injection
 	$(BIN)/python -m benchmarks.fidelity
 	$(BIN)/python -m benchmarks.soft_matrix
-	$(BIN)/python -m benchmarks.export_memory
 
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -1,4 +1,4 @@
-"""One thread a process, for the tests run on several processes; and no network."""
+"""One thread a process, for the tests run on several processes; no network, and nothing remembered."""
 
 from __future__ import annotations
 
@@ -6,3 +6,4 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PEFTSURGERY_CACHE", "")

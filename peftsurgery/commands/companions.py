@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
-
-from torch import nn
 
 from peftsurgery.disk.durable import copy_file
 from peftsurgery.errors import PlanError
@@ -39,25 +38,17 @@ def carry(source: Path, directory: Path) -> None:
             copy_file(file, directory / file.name)
 
 
-def merged_config(source: Path, model: nn.Module, *, dtype: str | None, untied: bool) -> dict[str, Any]:
+def merged_config(
+    source: Path, architecture: str, classes: Mapping[str, Any], *, dtype: str | None, untied: bool
+) -> dict[str, Any]:
     """The source's config.json, saying what the merged model is: its class, labels, dtype and ties."""
-    config: Any = model.config
-    said = {**_config(source), "architectures": [type(model).__name__]}
-    if type(model).__name__.endswith("Classification"):
-        said["id2label"] = {str(number): label for number, label in config.id2label.items()}
-        said["label2id"] = dict(config.label2id)
+    said = {**_config(source), "architectures": [architecture], **classes}
     if dtype is not None:
         said.pop("torch_dtype", None)
         said["dtype"] = dtype
     if untied:
         said["tie_word_embeddings"] = False
     return said
-
-
-def config_changes(source: Path, model: nn.Module) -> list[str]:
-    """The words of the source's config.json that would not be true of the merged model."""
-    before, after = _config(source), merged_config(source, model, dtype=None, untied=False)
-    return [word for word, value in before.items() if after.get(word) != value]
 
 
 def refuse_quantised(source: Path) -> None:

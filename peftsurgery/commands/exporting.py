@@ -22,6 +22,7 @@ from peftsurgery.disk.durable import write_json
 from peftsurgery.disk.locate import locate
 from peftsurgery.live import soft
 from peftsurgery.live.active import canonical_name
+from peftsurgery.live.blueprint import classes
 from peftsurgery.reading import Reading
 
 if TYPE_CHECKING:
@@ -109,7 +110,8 @@ def companions(order: Order, live: nn.Module, directory: Path) -> None:
     if isinstance(order.model, str | Path):
         source = locate(order.model)
         carry(source, directory)
-        write_json(directory / "config.json", merged_config(source, live, dtype=None, untied=False))
+        said = merged_config(source, type(live).__name__, classes(live), dtype=None, untied=False)
+        write_json(directory / "config.json", said)
         return
     config: Any = live.config
     write_json(directory / "config.json", config.to_dict())

@@ -1,21 +1,22 @@
-"""Fitting adapters to a checkpoint on disk: names, ties and heads, all from headers and a skeleton."""
+"""Fitting adapters to a checkpoint on disk: names, ties and heads, all from headers and a blueprint."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftsurgery.adapter import Adapter, moved, rebased
+from peftsurgery.commands.blueprints import blueprint
 from peftsurgery.commands.companions import refuse_quantised
 from peftsurgery.disk.checkpoint import Checkpoint, load
 from peftsurgery.errors import AdapterError, CheckpointError, NotFoldable, listing
 from peftsurgery.fold import folded, touches
-from peftsurgery.live import anatomy, pretrained
+from peftsurgery.live import anatomy
+from peftsurgery.live.blueprint import Blueprint
 from peftsurgery.live.pretrained import Loading
-from peftsurgery.live.sites import sites, ties
 from peftsurgery.rename import renames
 from peftsurgery.tasks import Task, task
 from peftsurgery.ties import settle
@@ -26,13 +27,13 @@ class Fit:
     """How adapters and a checkpoint come together in the model that will be written.
 
     Args:
-        skeleton: that model on the meta device.
+        blueprint: that model.
         adapters: in the names of the output.
         rename: from the checkpoint's names to the output's.
         twins: tied names that the output must hold by itself → the name that holds their value now.
     """
 
-    skeleton: nn.Module
+    blueprint: Blueprint
     adapters: tuple[Adapter, ...]
     rename: Callable[[str], str]
     twins: Mapping[str, str]
@@ -56,31 +57,30 @@ def fit(
         PlanError: the base is quantised.
     """
     refuse_quantised(checkpoint.path)
-    skeleton = pretrained.skeleton(
-        checkpoint.path,
+    drawn = blueprint(
+        checkpoint,
         task=common_task(adapters, task),
         labels=labels(adapters),
         trust_remote_code=trust_remote_code,
     )
-    state, loading = skeleton.state_dict(), pretrained.loading(skeleton, checkpoint.tensors)
-    fitted = [rebased(adapter, sites(skeleton), state)[0] for adapter in adapters]
+    state, loading, groups = frozenset(drawn.state), drawn.loading, drawn.ties
+    fitted = [rebased(adapter, drawn.sites, state)[0] for adapter in adapters]
     _refuse_assembled(fitted, loading)
-    groups = ties(skeleton)
     stored = {live: name for name, live in loading.names.items()}
-    _complete(skeleton, checkpoint.path, groups, {*stored, *(n for a in fitted for n in a.replaced)})
+    _complete(drawn, checkpoint.path, {*stored, *(n for a in fitted for n in a.replaced)})
     fitted, split = _settled(checkpoint, stored, groups, fitted, untie)
     twins = {twin: holder for group in split for twin, holder in _twins(group, stored).items()}
     written = _written(loading, checkpoint.tensors, state)
     spelled = {live: written(name) for live, name in stored.items()}
     return Fit(
-        skeleton,
+        drawn,
         tuple(moved(adapter, spelled) for adapter in fitted),
         written,
         {twin: spelled[holder] for twin, holder in twins.items()},
     )
 
 
-def _written(loading: Loading, names: Iterable[str], state: Mapping[str, object]) -> Callable[[str], str]:
+def _written(loading: Loading, names: Iterable[str], state: Collection[str]) -> Callable[[str], str]:
     """What the output calls a tensor: what the base calls it, with the prefix that the output's class needs.
 
     Old spellings become today's; a model whose names transformers maps in other ways keeps its own.
@@ -126,12 +126,12 @@ def labels(adapters: Sequence[Adapter]) -> int | None:
     return heads[0].shape[0] if heads else None
 
 
-def _complete(skeleton: nn.Module, path: Path, groups: Sequence[tuple[str, ...]], present: set[str]) -> None:
-    tied = {name for group in groups if present & set(group) for name in group}
-    lost = [name for name, _ in skeleton.named_parameters() if name not in present | tied]
+def _complete(drawn: Blueprint, path: Path, present: set[str]) -> None:
+    tied = {name for group in drawn.ties if present & set(group) for name in group}
+    lost = [name for name in drawn.parameters if name not in present | tied]
     if lost:
         raise CheckpointError(
-            f"{path} and the adapter lack {listing(lost)}, which {type(skeleton).__name__} needs. Take the checkpoint "
+            f"{path} and the adapter lack {listing(lost)}, which {drawn.architecture} needs. Take the checkpoint "
             "or the adapter that holds them, or another `--task`; nothing was written."
         )
 

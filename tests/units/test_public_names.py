@@ -62,7 +62,6 @@ def test_public_names() -> None:
             "scale",
             "sites",
             "trainable_parameters",
-            "unmerge",
             "verify",
         ),
     }
