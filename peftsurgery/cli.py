@@ -278,6 +278,8 @@ def generate_command(**options: Any) -> None:
 )
 @click.option("--task", help="The task, where the checkpoint does not say it.")
 @click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32.")
+@click.option("--bits", is_flag=True, help="Run nothing: make every tensor of a merged checkpoint again.")
+@click.option("--sample", type=int, help="Like --bits, for so many touched and so many other tensors.")
 @reading_options
 @trust_options
 @report_options

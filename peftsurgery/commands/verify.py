@@ -34,6 +34,8 @@ def verify(
     weight: Sequence[float] = (),
     task: str | None = None,
     tolerance: float | None = None,
+    bits: bool = False,
+    sample: int | None = None,
     reading: Reading = AS_PEFT,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -50,12 +52,16 @@ def verify(
         weight: a factor for each adapter's effect.
         task: the task, where the files do not say it.
         tolerance: the largest absolute difference allowed; by default that of the wider-rounding dtype.
+        bits: run nothing; make every tensor of a merged checkpoint again from base and adapters, and compare bits.
+        sample: with `bits`, how many touched and how many other tensors to compare; all by default.
         reading: how `against` reads virtual tokens, where it is not as in PEFT.
 
     Raises:
         ParityError: they differ by more; it says at which output and by how much.
-        PlanError: `against` is a graph.
+        PlanError: `against` is a graph, or `bits` are asked of what is no checkpoint.
     """
+    if bits or sample is not None:
+        return _bits(model, against, adapters, weight, task, sample, allow_pickle, trust_remote_code, listen)
     from peftsurgery.graph import parity
 
     if _graph(against) is not None and not _checkpoint(against):
@@ -74,6 +80,33 @@ def verify(
         "parity": found.to_dict(),
     }
     return Report("verify", f"They agree: {found}.", facts, parity_table(found))
+
+
+def _bits(
+    model: nn.Module | str | Path,
+    against: nn.Module | str | Path,
+    adapters: Adapters,
+    weight: Sequence[float],
+    task: str | None,
+    sample: int | None,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+    listen: Listener,
+) -> Report:
+    from peftsurgery.commands.verify_merged import verify_merged
+
+    if not isinstance(model, str | Path) or not isinstance(against, str | Path):
+        raise PlanError("`bits` compares directories. Save the model first, or leave `bits` out to run both.")
+    given = gather(adapters, weight, allow_pickle=allow_pickle)
+    return verify_merged(
+        model,
+        against,
+        [check(adapter) for adapter in given],
+        task=task,
+        sample=sample,
+        trust_remote_code=trust_remote_code,
+        listen=listen,
+    )
 
 
 def _compared(
