@@ -72,6 +72,8 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.injection
 	$(BIN)/python -m benchmarks.fidelity
 	$(BIN)/python -m benchmarks.soft_matrix
+	$(BIN)/python -m benchmarks.in_place
+	$(BIN)/python -m benchmarks.crash_matrix
 
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
