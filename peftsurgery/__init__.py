@@ -49,6 +49,7 @@ _HOMES = {
     "scale": "adapter",
     "sites": "commands.inspect",
     "trainable_parameters": "live.active",
+    "unmerge": "commands.in_place",
     "verify": "commands.verify",
 }
 
@@ -91,6 +92,7 @@ __all__ = [
     "scale",
     "sites",
     "trainable_parameters",
+    "unmerge",
     "verify",
 ]
 
@@ -101,6 +103,7 @@ if TYPE_CHECKING:
     from peftsurgery.commands.convert import convert
     from peftsurgery.commands.export_onnx import export_onnx
     from peftsurgery.commands.generate import generate
+    from peftsurgery.commands.in_place import unmerge
     from peftsurgery.commands.inject import inject, plan
     from peftsurgery.commands.inspect import inspect, sites
     from peftsurgery.commands.merge import merge

@@ -14,6 +14,7 @@ from peftsurgery.flags import (
     READINGS,
     SETTINGS,
     export_options,
+    merge_options,
     reading_options,
     report_options,
     setting_options,
@@ -184,17 +185,7 @@ def remove_command(**options: Any) -> None:
 @main.command("merge")
 @click.argument("model")
 @click.argument("adapters", nargs=-1, required=True)
-@click.option("-o", "--out", type=click.Path(), help="The directory to write.")
-@click.option(
-    "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
-)
-@click.option("--untie", is_flag=True, help="Give a tied weight that the adapter changes a copy of its own.")
-@click.option("--task", help="The task of the merged model, where the adapter does not say it.")
-@click.option("--dtype", help="float32, float16 or bfloat16; each tensor's own by default.")
-@click.option(
-    "--max-shard-size", help="Cut the weights into files of this size, e.g. 5GB; as the base by default."
-)
-@click.option("--device", default="cpu", show_default=True, help="Where folding is computed, e.g. cuda.")
+@merge_options
 @trust_options
 @report_options
 def merge_command(**options: Any) -> None:
@@ -203,6 +194,18 @@ def merge_command(**options: Any) -> None:
 
     flags = shown(options)
     run(flags, lambda listen: merge(listen=listen, **options))
+
+
+@main.command("unmerge")
+@click.argument("model")
+@click.option("--undo", type=click.Path(), required=True, help="The undo file of the merge in place.")
+@report_options
+def unmerge_command(**options: Any) -> None:
+    """Give MODEL, merged in place, the bytes that it had."""
+    from peftsurgery.commands.in_place import unmerge
+
+    flags = shown(options)
+    run(flags, lambda listen: unmerge(listen=listen, **options))
 
 
 @main.command("bake")

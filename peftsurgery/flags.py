@@ -237,3 +237,29 @@ def writing_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(WRITING):
         command = option(command)
     return command
+
+
+def merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of merge, which say where and what it writes."""
+    for option in (
+        click.option(
+            "--device", default="cpu", show_default=True, help="Where folding is computed, e.g. cuda."
+        ),
+        click.option(
+            "--max-shard-size",
+            help="Cut the weights into files of this size, e.g. 5GB; as the base by default.",
+        ),
+        click.option("--dtype", help="float32, float16 or bfloat16; each tensor's own by default."),
+        click.option("--task", help="The task of the merged model, where the adapter does not say it."),
+        click.option(
+            "--untie", is_flag=True, help="Give a tied weight that the adapter changes a copy of its own."
+        ),
+        click.option("--undo", type=click.Path(), help="--in-place: the file that keeps the original bytes."),
+        click.option("--in-place", is_flag=True, help="Patch the files of MODEL itself; needs --undo."),
+        click.option(
+            "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
+        ),
+        click.option("-o", "--out", type=click.Path(), help="The directory to write."),
+    ):
+        command = option(command)
+    return command

@@ -51,6 +51,12 @@ def merged_config(
     return said
 
 
+def config_changes(source: Path, architecture: str, classes: Mapping[str, Any]) -> list[str]:
+    """The words of the source's config.json that would not be true of the merged model."""
+    before, after = _config(source), merged_config(source, architecture, classes, dtype=None, untied=False)
+    return [word for word, value in before.items() if after.get(word) != value]
+
+
 def refuse_quantised(source: Path) -> None:
     """Raise a PlanError where a model's configuration says that its weights are quantised, whatever the format."""
     said = _config(source).get("quantization_config")

@@ -11,6 +11,7 @@ from peftsurgery.adapter import Adapter, check, rebased
 from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.companions import carry, merged_config
 from peftsurgery.commands.fitting import fit
+from peftsurgery.commands.in_place import merge_in_place
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.checkpoint import open_checkpoint
 from peftsurgery.disk.durable import staged, write_json
@@ -35,6 +36,8 @@ def merge(
     *,
     out: str | Path | None = None,
     weight: Sequence[float] = (),
+    in_place: bool = False,
+    undo: str | Path | None = None,
     untie: bool = False,
     task: str | None = None,
     dtype: str | None = None,
@@ -54,6 +57,9 @@ def merge(
         model: a live module, a model directory, a hub id in the local cache, or an `.onnx` file.
         adapters: one or several: directories, or `Adapter`s.
         out: the directory to write (not for a live model).
+        in_place: patch the checkpoint's own files instead of writing new ones, and keep what they held in `undo`;
+            after a crash the same call, or `unmerge`, makes the checkpoint whole.
+        undo: the file to write for `unmerge`.
         weight: a factor for each adapter's effect; 1 by default.
         untie: write a copy of a tied weight that the adapter changes for one of its names only.
         task, dtype: those of the merged model, where they are not the adapter's and the base's.
@@ -64,14 +70,33 @@ def merge(
         AdapterError, FoldError, PlanError, CheckpointError: inputs and output are as they were.
     """
     given = [check(adapter) for adapter in gather(adapters, weight, allow_pickle=allow_pickle)]
+    if in_place or undo is not None:
+        _check_in_place(model, in_place, out, untie or dtype is not None or max_shard_size is not None)
     touches(*given)  # what does not fold is refused before a model is looked at
     if not isinstance(model, str | Path):
         return _merge_live(model, given, untie, listen)
+    if in_place:
+        said = _provenance(model, given, tuple(touches(*given)), ())
+        return merge_in_place(
+            model, given, undo, said, task=task, trust_remote_code=trust_remote_code, listen=listen
+        )
     target = _place(model, out)
     if str(model).endswith(".onnx"):
         return _merge_graph(Path(model), given, target, listen)
     nbytes = nbytes_named(max_shard_size)
     return _merge_disk(model, given, target, untie, task, dtype, nbytes, device, trust_remote_code, listen)
+
+
+def _check_in_place(model: object, in_place: bool, out: object, reshaped: bool) -> None:
+    if not in_place:
+        raise PlanError("An undo file belongs to a merge in place. Add `--in-place`; nothing was changed.")
+    if out is not None or reshaped:
+        raise PlanError(
+            "A merge in place changes values and nothing else: no `-o`, `--untie`, `--dtype` or "
+            "`--max-shard-size`. Merge into a new directory with `-o OUT`; nothing was changed."
+        )
+    if not isinstance(model, str | Path):
+        raise PlanError("A live model is changed in place anyway: call `merge(model, adapter)`.")
 
 
 def _merge_live(model: nn.Module, adapters: list[Adapter], untie: bool, listen: Listener) -> Undo:

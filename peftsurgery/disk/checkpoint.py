@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from torch import Tensor
 
+from peftsurgery.disk.marker import check_whole
 from peftsurgery.disk.shard import Shard, Stored, load, read_shard
 from peftsurgery.errors import CheckpointError, MissingShard, UnsafePath, listing
 from peftsurgery.site import Kind, Layout, Site
@@ -64,6 +65,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         UnsafePath: a file that the index names lies outside the directory.
         TruncatedShard: a file is shorter, longer or stranger than its header says.
     """
+    check_whole(path)
     if (path / SINGLE).is_file():
         return Checkpoint(path, (read_shard(path / SINGLE),))
     if (path / INDEX).is_file():

@@ -92,29 +92,12 @@ def replace(file: Path, data: bytes) -> None:
     with writing(file):
         temporary.unlink(missing_ok=True)
     try:
-        with created(temporary) as descriptor:
+        with opened(temporary, new=True) as descriptor:
             put(file, descriptor, data, 0)
         rename(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-@contextmanager
-def created(file: Path) -> Iterator[int]:
-    """The descriptor of a new file, which is on the disk when the block ends well.
-
-    Raises:
-        CheckpointError: the file exists, or cannot be written.
-    """
-    with writing(file):
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        yield descriptor
-        with writing(file):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def put(file: Path, descriptor: int, data: bytes | memoryview, start: int) -> int:
@@ -129,6 +112,59 @@ def put(file: Path, descriptor: int, data: bytes | memoryview, start: int) -> in
             taken = os.pwrite(descriptor, rest, start)
             rest, start = rest[taken:], start + taken
     return start
+
+
+@contextmanager
+def opened(file: Path, *, new: bool = False) -> Iterator[int]:
+    """The descriptor of a file to write in; what was written is on the disk when the block ends well.
+
+    Raises:
+        CheckpointError: the file cannot be written, or a `new` one exists.
+    """
+    with writing(file):
+        descriptor = os.open(file, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if new else 0), 0o666)
+    try:
+        yield descriptor
+        with writing(file):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(file: Path) -> None:
+    """Remove a file where it is there, and bring that to the disk.
+
+    Raises:
+        CheckpointError: it cannot be removed.
+    """
+    with writing(file):
+        file.unlink(missing_ok=True)
+        sync_directory(file.parent)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of a directory; the lock goes with the process.
+
+    Raises:
+        CheckpointError: another process has it.
+    """
+    import fcntl
+
+    with writing(directory):
+        descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"Another process is patching {directory}. Wait until it is done; nothing was changed."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def rename(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from peftsurgery.disk.durable import created, rename, writing
+from peftsurgery.disk.durable import opened, rename, writing
 from peftsurgery.disk.durable import put as write
 from peftsurgery.disk.rooms import PAGE
 
@@ -53,7 +53,7 @@ def output(file: Path, nbytes: int, mode: int | None = None) -> Iterator[Output]
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
-    with created(temporary) as plain, _direct(temporary) as direct:
+    with opened(temporary, new=True) as plain, _direct(temporary) as direct:
         with writing(file):
             _reserve(plain, nbytes, direct is not None)
             if mode is not None:

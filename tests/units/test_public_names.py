@@ -62,6 +62,7 @@ def test_public_names() -> None:
             "scale",
             "sites",
             "trainable_parameters",
+            "unmerge",
             "verify",
         ),
     }
