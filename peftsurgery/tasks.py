@@ -54,8 +54,8 @@ TASKS = (
     Task("image-classification", None, "AutoModelForImageClassification", "ForImageClassification"),
     Task("feature-extraction", "FEATURE_EXTRACTION", "AutoModel", "Model"),
 )
-GPT2_LIKE = "LMHeadModel"
-"""How the class names of the oldest decoders end."""
+OLDEST = {"LMHeadModel": "text-generation", "MTModel": "text2text-generation"}
+"""How the class names of the oldest decoders and encoder-decoders end, and what they are for."""
 SHORT = {
     "seq-cls": "sequence-classification",
     "text-classification": "sequence-classification",
@@ -84,6 +84,7 @@ def task(word: str) -> Task:
 def task_of(class_name: str) -> Task | None:
     """The task of a model class, by how its name ends; a projection on top changes nothing."""
     plain = class_name.removesuffix("WithProjection")
-    if plain.endswith(GPT2_LIKE):
-        return task("text-generation")
+    for end, word in OLDEST.items():
+        if plain.endswith(end):
+            return task(word)
     return next((known for known in TASKS if plain.endswith(known.suffix)), None)

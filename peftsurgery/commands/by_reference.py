@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
 
     from peftsurgery.graph.parity import Parity
 
-GRAPH, CERTIFICATE = "model.onnx", "peftsurgery.json"
+CERTIFICATE = "peftsurgery.json"
+Graphs = Mapping[str, "ir.Model"]
+"""The graphs of one model, by the names of their files."""
 
 
 def export_by_reference(order: Order, listen: Listener) -> Report:
@@ -45,10 +48,10 @@ def export_by_reference(order: Order, listen: Listener) -> Report:
     listen(Event("export", "tracing", 0, 3))
     base = base_of(order, order.model)
     beside = order.out.expanduser().resolve() == base.checkpoint.path.resolve()
-    if beside:
-        _check_own(base)
     with operated(base.model, *order.worn) as live:
         made = traced(live, order, base.spans())
+    if beside:
+        _check_own(base, made.graphs)
     listen(Event("export", "writing", 1, 3))
     write = _beside if beside else _apart
     done = write(order, base, made, listen)
@@ -71,11 +74,12 @@ def _check(order: Order) -> None:
         )
 
 
-def _check_own(base: Base) -> None:
+def _check_own(base: Base, graphs: Graphs) -> None:
     path = base.checkpoint.path
-    if (path / GRAPH).exists():
+    there = [name for name in graphs if (path / name).exists()]
+    if there:
         raise CheckpointError(
-            f"{path} holds a {GRAPH} already. Move it away, or name another `-o`; nothing was written."
+            f"{path} holds {listing(there)} already. Move it away, or name another `-o`; nothing was written."
         )
     links = [shard.file.name for shard in base.checkpoint.shards if shard.file.is_symlink()]
     if links:
@@ -91,35 +95,39 @@ def _apart(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
 
     source = base.checkpoint.path
     with staged(order.out) as directory:
-        lent = {name: lend(source / name, directory / name) for name in reference.files(made.graph)}
-        reference.move(made.graph, directory)
-        weights.save(made.graph, directory, GRAPH)
+        lent = {name: lend(source / name, directory / name) for name in _files(made.graphs)}
+        for name, graph in made.graphs.items():
+            reference.move(graph, directory)
+            weights.save(graph, directory, name)
         write_prefix(made, directory / KEPT)
         companions(order, base.model, directory)
-        parity = _compared(order, directory / GRAPH, listen)
+        parity = _compared(order, [directory / name for name in made.graphs], listen)
         write_json(directory / CERTIFICATE, certificate(base.model, order, parity))
         copied = sum((directory / name).stat().st_size for name, (way, _) in lent.items() if way == "copy")
-        written = (directory / GRAPH).stat().st_size + copied
-        more = _facts(made.graph, {name: way for name, (way, _) in lent.items()}, _said(lent))
+        written = sum((directory / name).stat().st_size for name in made.graphs) + copied
+        more = _facts(made.graphs, {name: way for name, (way, _) in lent.items()}, _said(lent))
         return report(base.model, order, written, made.signature, parity, more)
 
 
 def _beside(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
     """Beside the checkpoint's own files, none of which is touched."""
-    from peftsurgery.graph import reference, weights
+    from peftsurgery.graph import weights
 
     path = base.checkpoint.path
-    with added(path, GRAPH, CERTIFICATE, *([KEPT] if made.apart else [])) as (file, said, *kept):
-        for prefix in kept:
+    names, apart = [*made.graphs], [KEPT] if made.apart else []
+    with added(path, *names, *apart, CERTIFICATE) as (*rest, said):
+        files = rest[: len(names)]
+        for prefix in rest[len(names) :]:
             write_prefix(made, prefix)
-        weights.save(made.graph, path, file.name)
-        parity = _compared(order, file, listen)
+        for file, graph in zip(files, made.graphs.values(), strict=True):
+            weights.save(graph, path, file.name)
+        parity = _compared(order, files, listen)
         before = _made(path / CERTIFICATE)
         write_json(said, {**certificate(base.model, order, parity), **({"model": before} if before else {})})
         more = _facts(
-            made.graph, dict.fromkeys(reference.files(made.graph), "own"), "the checkpoint's own, untouched"
+            made.graphs, dict.fromkeys(_files(made.graphs), "own"), "the checkpoint's own, untouched"
         )
-        return report(base.model, order, file.stat().st_size, made.signature, parity, more)
+        return report(base.model, order, sum(f.stat().st_size for f in files), made.signature, parity, more)
 
 
 def _made(file: Path) -> Any:
@@ -130,18 +138,29 @@ def _made(file: Path) -> Any:
     return said.get("model") if said.get("verb") == "export-onnx" else said
 
 
-def _compared(order: Order, graph: Path, listen: Listener) -> Parity | None:
+def _compared(order: Order, graphs: Sequence[Path], listen: Listener) -> Parity | None:
     listen(Event("export", "verifying", 2, 3))
     if not order.verify:
         return None
     with operated(order.model, *order.worn) as live:
-        return verified(live, order, graph)
+        return verified(live, order, graphs)
 
 
-def _facts(graph: ir.Model, ways: dict[str, str], said: str) -> dict[str, Any]:
+def _files(graphs: Graphs) -> list[str]:
+    """The checkpoint's files that the graphs read."""
     from peftsurgery.graph import reference
 
-    return {"referenced": size(reference.nbytes(graph)), "weights": said, "files": dict(ways)}
+    return sorted({file for graph in graphs.values() for file in reference.files(graph)})
+
+
+def _facts(graphs: Graphs, ways: dict[str, str], said: str) -> dict[str, Any]:
+    from peftsurgery.graph import reference
+
+    return {
+        "referenced": size(sum(reference.nbytes(graph) for graph in graphs.values())),
+        "weights": said,
+        "files": dict(ways),
+    }
 
 
 def _said(lent: dict[str, tuple[str, str]]) -> str:

@@ -61,9 +61,10 @@ def export_onnx(
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Report:
-    """Export an encoder of text or images to ONNX, dynamic in batch and length, and verify it in ONNX Runtime.
+    """Export a model of text or images to ONNX, dynamic in batch and length, and verify it in ONNX Runtime.
 
-    `out` receives `model.onnx` (and `model.onnx_data` past 2 GB), `config.json`, the tokenizer and
+    `out` receives `model.onnx` (and `model.onnx_data` past 2 GB), or, of an encoder-decoder, `encoder_model.onnx` and
+    `decoder_model.onnx`, which are meant wherever `model.onnx` is named; `config.json`, the tokenizer and
     `peftsurgery.json`, the certificate of the comparison. Every initializer keeps its parameter's name.
     By reference, `out` may also be the model's own directory, which receives `model.onnx` and `peftsurgery.json`.
 
@@ -117,27 +118,27 @@ def _check_prefix(prefix: str) -> None:
 
 def _export_copy(order: Order, kept: _Weights, listen: Listener) -> Report:
     with staged(order.out) as directory, operated(order.model, *order.worn) as live:
-        signature = _write_graph(order, live, directory, kept, listen)
+        files, signature = _write_graphs(order, live, directory, kept, listen)
         listen(Event("export", "verifying", 2, 3))
-        graph = directory / "model.onnx"
-        parity = verified(live, order, graph) if order.verify else None
+        parity = verified(live, order, files) if order.verify else None
         write_json(directory / "peftsurgery.json", certificate(live, order, parity))
-        nbytes = sum(file.stat().st_size for file in directory.glob("model.onnx*"))
+        nbytes = sum(file.stat().st_size for file in directory.glob("*.onnx*"))
         listen(Event("export", "done", 3, 3))
         return report(live, order, nbytes, signature, parity)
 
 
-def _write_graph(
+def _write_graphs(
     order: Order, live: nn.Module, directory: Path, kept: _Weights, listen: Listener
-) -> Signature:
+) -> tuple[list[Path], Signature]:
     from peftsurgery.graph import weights
 
     listen(Event("export", "tracing", 0, 3))
     done = traced(live, order)
     listen(Event("export", "writing", 1, 3))
-    if kept.shared is not None:
-        weights.share(done.graph, Path(kept.shared) / "model.onnx", directory)
-    weights.save(done.graph, directory, inline=0 if kept.external else weights.INLINE)
+    for name, graph in done.graphs.items():
+        if kept.shared is not None:
+            weights.share(graph, Path(kept.shared) / name, directory)
+        weights.save(graph, directory, name, inline=0 if kept.external else weights.INLINE)
     write_prefix(done, directory / KEPT)
     companions(order, live, directory)
-    return done.signature
+    return [directory / name for name in done.graphs], done.signature

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -64,31 +64,38 @@ class Order:
 
 
 class Traced(NamedTuple):
-    """A graph, its signature, and the keys and values of soft prompts that it does not hold itself."""
+    """A model's graphs by the names of their files, its signature, and the keys and values of soft prompts apart."""
 
-    graph: Any
+    graphs: Mapping[str, Any]
     signature: Signature
     apart: Mapping[str, Tensor]
 
 
 def traced(live: nn.Module, order: Order, held: Mapping[str, Span] | None = None) -> Traced:
-    """The graph of a model; initializers in `held` stay where they lie."""
+    """The graphs of a model; initializers in `held` stay where they lie."""
+    from peftsurgery.graph import seq2seq
     from peftsurgery.graph.export import trace
+    from peftsurgery.graph.signature import SEQ2SEQ
 
     with plain(live, order.task, _prefix(order, live, held), form=order.prefix) as bare:
         tables, tokens = soft.named(live)
-        names = partial(canonical_name, live)
-        graph = trace(
-            live,
-            bare.signature,
-            names=names,
-            opset=order.opset,
-            tables=[names(table) for table in tables],
-            tokens=tokens,
-            held=held,
-            prefix=bare.prefix,
-        )
-    return Traced(graph, bare.signature, bare.apart)
+        names, said = partial(canonical_name, live), bare.signature
+        tabled = [names(table) for table in tables]
+        words = partial(trace, opset=order.opset, tables=tabled, tokens=tokens, held=held)
+        if said.task != SEQ2SEQ:
+            graph = words(live, said, names=names, prefix=bare.prefix)
+            return Traced({seq2seq.SINGLE: graph}, said, bare.apart)
+        inside = partial(_inside, names)
+        parts = seq2seq.halves(live, said, soft.cached(live))
+        graphs = {p.file: words(p.module, p.signature, names=inside, run=seq2seq.run) for p in parts}
+        return Traced(graphs, said, bare.apart)
+
+
+def _inside(names: Callable[[str], str], full: str) -> str:
+    """The name of a parameter of the whole model, from that in one of its halves."""
+    from peftsurgery.graph.seq2seq import INSIDE
+
+    return names(full.removeprefix(INSIDE))
 
 
 def write_prefix(done: Traced, file: Path) -> None:
@@ -117,19 +124,19 @@ def companions(order: Order, live: nn.Module, directory: Path) -> None:
     write_json(directory / "config.json", config.to_dict())
 
 
-def verified(live: nn.Module, order: Order, graph: Path) -> Parity:
-    """The comparison of the graph in a file with the live model.
+def verified(live: nn.Module, order: Order, graphs: Sequence[Path]) -> Parity:
+    """The comparison of what is in the files of one model's graphs with the live model.
 
     Raises:
         ParityError: they do not agree.
     """
     from peftsurgery.graph import parity
-    from peftsurgery.graph.session import Session
+    from peftsurgery.graph.pair import opened
 
     dtype = next(live.parameters()).dtype
     with plain(live, order.task, form=order.prefix) as bare:
         found = parity.compare(
-            Session(graph),
+            opened(graphs),
             parity.torch_runner(live, bare.signature, bare.prefix),
             bare.signature,
             tolerance=parity.tolerance(dtype) if order.tolerance is None else order.tolerance,

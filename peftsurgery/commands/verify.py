@@ -64,7 +64,7 @@ def verify(
         return _bits(model, against, adapters, weight, task, sample, allow_pickle, trust_remote_code, listen)
     from peftsurgery.graph import parity
 
-    if _graph(against) is not None and not _checkpoint(against):
+    if _graphs(against) and not _checkpoint(against):
         raise PlanError(
             f"{against} is a graph; the reference of a comparison is a torch model. Swap the two: "
             f"`peftsurgery verify {against} --against MODEL`."
@@ -135,23 +135,20 @@ def _compared(
 def _runner(model: nn.Module | str | Path, said: Signature, trust: bool) -> tuple[Runner, torch.dtype]:
     """What runs `model`, and the dtype it computes in."""
     from peftsurgery.graph import parity
-    from peftsurgery.graph.session import Session
+    from peftsurgery.graph.pair import opened
 
-    graph = _graph(model)
-    if graph is not None:
-        return Session(graph), torch.float32
+    graphs = _graphs(model)
+    if graphs:
+        return opened(graphs), torch.float32
     live = loaded(model, [], said.task, trust) if isinstance(model, str | Path) else model
     return parity.torch_runner(live, said), _dtype(live)
 
 
-def _graph(model: nn.Module | str | Path) -> Path | None:
-    """The `.onnx` file that `model` is, or holds."""
-    if not isinstance(model, str | Path):
-        return None
-    path = Path(model)
-    return (
-        path if path.suffix == ".onnx" else path / "model.onnx" if (path / "model.onnx").is_file() else None
-    )
+def _graphs(model: nn.Module | str | Path) -> tuple[Path, ...]:
+    """The `.onnx` files that `model` is, or holds."""
+    from peftsurgery.graph.pair import graphs
+
+    return graphs(Path(model)) if isinstance(model, str | Path) else ()
 
 
 def _checkpoint(model: nn.Module | str | Path) -> bool:

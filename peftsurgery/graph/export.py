@@ -10,13 +10,12 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from peftsurgery.errors import ExportError, UnsupportedModel
 from peftsurgery.graph import cache, passes, reference, sites, virtual
-from peftsurgery.graph.inputs import as_torch, batch
+from peftsurgery.graph.inputs import as_torch, sample
 from peftsurgery.graph.posture import eager, evaluating
 from peftsurgery.graph.reference import Span
 from peftsurgery.graph.signature import RECORDED, Port, Signature, call, cause
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 OPSET = 20
 """What most runtimes run; from 23 on, onnxscript fuses rotary embeddings in a way that ORT refuses."""
 PREFIX = "wrapped."
-PAST = 5
-"""How many tokens a traced decoder has seen."""
+Run = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Any]]
+"""From a model and its inputs by name to its outputs by name."""
 
 
 class Constant(nn.Module):
@@ -40,12 +39,18 @@ class Constant(nn.Module):
 
 
 class Flat(nn.Module):
-    """A model that takes and gives plain tensors, in the signature's order, behind its constant prefix."""
+    """A model that takes and gives plain tensors, in the signature's order, behind its constant prefix.
 
-    def __init__(self, model: nn.Module, signature: Signature, prefix: Mapping[str, Tensor]) -> None:
+    `run` calls it by name.
+    """
+
+    def __init__(
+        self, model: nn.Module, signature: Signature, prefix: Mapping[str, Tensor], run: Run = call
+    ) -> None:
         super().__init__()
         self.wrapped = model
         self.signature = signature
+        self.run = run
         layers = range(len(prefix) // 2)
         self.prefix = nn.ModuleList(
             Constant(prefix[f"prefix.{i}.key"], prefix[f"prefix.{i}.value"]) for i in layers
@@ -55,7 +60,7 @@ class Flat(nn.Module):
         names = (port.name for port in self.signature.inputs)
         prefix = {f"prefix.{name}": tensor for name, tensor in self.prefix.named_buffers()}
         feeds = cache.behind(prefix, dict(zip(names, tensors, strict=True)))
-        given = cache.beyond(prefix, call(self.wrapped, feeds))
+        given = cache.beyond(prefix, self.run(self.wrapped, feeds))
         return tuple(given[port.name] for port in self.signature.outputs)
 
 
@@ -69,6 +74,7 @@ def trace(
     tokens: Mapping[str, Tensor] | None = None,
     held: Mapping[str, Span] | None = None,
     prefix: Mapping[str, Tensor] | None = None,
+    run: Run = call,
 ) -> ir.Model:
     """The model as an ONNX graph, dynamic in batch and length; the model is left as it was.
 
@@ -83,12 +89,13 @@ def trace(
         opset: version of the ONNX operators.
         prefix: constant keys and values that a decoder reads first (see `cache.behind`); initializers of these names.
         held: where the initializers lie whose parameters have no bytes; they stay there, (out, in).
+        run: from the model and its inputs by name to its outputs by name.
 
     Raises:
         UnsupportedModel: torch cannot trace it.
         ExportError: the traced graph reads no attention mask, or gives two parameters one name.
     """
-    flat = Flat(model, signature, prefix or {})
+    flat = Flat(model, signature, prefix or {}, run)
     with evaluating(flat), eager(model), _quiet():
         graph = _traced(flat, signature, opset)
     parameters = _rename(graph, model, names)
@@ -133,9 +140,8 @@ def _free(port: Port) -> dict[int, Any]:
 
 
 def _sample(flat: Flat) -> tuple[Tensor, ...]:
-    # No axis is 0 or 1 long, and a row is padded: a mask of ones would be traced away.
-    feed = batch(np.random.default_rng(0), flat.signature, 2, 11, PAST)
-    return tuple(as_torch(feed, flat.signature, next(flat.parameters()).device).values())
+    device = next(flat.parameters()).device
+    return tuple(as_torch(sample(flat.signature), flat.signature, device).values())
 
 
 def _rename(graph: ir.Model, model: nn.Module, names: Callable[[str], str]) -> dict[str, tuple[str, ...]]:
@@ -177,9 +183,9 @@ def _dress(graph: ir.Model, signature: Signature) -> None:
     for port in (*signature.inputs, *signature.outputs):
         found[port.name].shape = ir.Shape(port.axes)
     for port in signature.inputs:
-        if port.name == "attention_mask" and not found[port.name].uses():
+        if port.name.endswith("attention_mask") and not found[port.name].uses():
             raise ExportError(
-                "The traced graph ignores attention_mask, so padding would change its answers. "
+                f"The traced graph ignores {port.name}, so padding would change its answers. "
                 "Report the model's class and the version of transformers; nothing was written."
             )
 

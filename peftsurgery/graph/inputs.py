@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from peftsurgery.graph import cache
-from peftsurgery.graph.signature import PIXELS, Port, Signature
+from peftsurgery.graph.signature import (
+    BATCH,
+    BEFORE,
+    LENGTH,
+    PIXELS,
+    SOURCE,
+    TARGET,
+    WRITTEN,
+    Port,
+    Signature,
+)
 
 Array = npt.NDArray[Any]
 TYPES = {
@@ -60,6 +70,7 @@ def batch(
         "attention_mask": mask,
         "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, past:],
         "token_type_ids": new * random.integers(0, max(1, signature.type_vocab_size), new.shape),
+        TARGET: _tokens(random, signature, (rows, columns // 2 + 1)),
     }
     for port in signature.inputs:
         if cache.is_cached([port.name]):
@@ -82,6 +93,33 @@ def _room(signature: Signature, columns: int, past: int) -> int:
 def _as(array: Array, port: Port) -> Array:
     # numpy has no bfloat16: whoever feeds such an input makes it of float32.
     return array.astype("float32" if port.dtype == "bfloat16" else port.dtype)
+
+
+SIZES = {BATCH: 2, LENGTH: 11, SOURCE: 11, WRITTEN: 3, BEFORE: 5}
+PAST = 5
+"""How many tokens a traced decoder has seen."""
+
+
+def sample(signature: Signature) -> dict[str, Array]:
+    """One batch to trace with: no axis is 0 or 1 long, and a row is padded, for a mask of ones is traced away."""
+    random = np.random.default_rng(0)
+    if any(BEFORE in port.axes for port in signature.inputs):
+        return {port.name: _filled(random, signature, port) for port in signature.inputs}
+    return batch(random, signature, SIZES[BATCH], SIZES[LENGTH], PAST)
+
+
+def _filled(random: np.random.Generator, signature: Signature, port: Port) -> Array:
+    shape = tuple(axis if isinstance(axis, int) else _long(axis) for axis in port.axes)
+    if port.name.endswith("mask"):
+        return _as(np.arange(shape[1]) < shape[1] - 4 * np.arange(shape[0])[:, None], port)
+    if port.name == "input_ids":
+        return _tokens(random, signature, shape)
+    return _as(random.standard_normal(shape), port)
+
+
+def _long(axis: str) -> int:
+    """Of `sequence_length + 20`, 20 more than of `sequence_length`."""
+    return sum(int(word) if word.isdigit() else SIZES[word] for word in axis.split(" + "))
 
 
 def _image(random: np.random.Generator, port: Port, rows: int) -> Array:

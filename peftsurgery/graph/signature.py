@@ -19,10 +19,12 @@ from peftsurgery.tasks import task as task_named
 BATCH, LENGTH, PAST_LENGTH = "batch_size", "sequence_length", "past_sequence_length"
 TOTAL = f"{PAST_LENGTH} + {LENGTH}"
 """The tokens seen so far and the new ones: how long a mask is, and what comes out of a cache."""
+WRITTEN, BEFORE, SOURCE = "decoder_sequence_length", "past_decoder_sequence_length", "encoder_sequence_length"
+"""The same of an encoder-decoder: what its decoder reads and has read, and the source text."""
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
-PIXELS = "pixel_values"
+PIXELS, TARGET = "pixel_values", "decoder_input_ids"
 CACHED_INPUTS = ("input_ids", "attention_mask", "position_ids")
-GENERATION = "text-generation"
+GENERATION, SEQ2SEQ = "text-generation", "text2text-generation"
 OUTPUTS: Mapping[str, Mapping[str, bool]] = {
     "sequence-classification": {"logits": False},
     "token-classification": {"logits": True},
@@ -30,6 +32,7 @@ OUTPUTS: Mapping[str, Mapping[str, bool]] = {
     "fill-mask": {"logits": True},
     "image-classification": {"logits": False},
     GENERATION: {"logits": True},
+    SEQ2SEQ: {"encoder_last_hidden_state": True, "logits": False},
     "feature-extraction": {
         "text_embeds": False,
         "image_embeds": False,
@@ -108,6 +111,7 @@ def signature(model: nn.Module, task: str | None = None) -> Signature:
     sees = _sees(model)
     config: Any = model.config if sees else _config(model)
     said = _task(model, task)
+    _check_halves(model, config, said)
     cached = said.name == GENERATION
     if cached:
         _check_causal(model, config)
@@ -118,7 +122,7 @@ def signature(model: nn.Module, task: str | None = None) -> Signature:
     return Signature(
         inputs=ports + past,
         outputs=tuple(
-            _port(name, given[name], per_token and not sees)
+            _port(name, given[name], _dynamic(said, sees, per_token))
             for name, per_token in _offered(model, said, given)
         )
         + present,
@@ -151,7 +155,8 @@ def _tokens(model: nn.Module, cached: bool) -> tuple[Port, ...]:
     offered = CACHED_INPUTS if cached else INPUTS
     names = [n for n in offered if n in accepted and (n != "token_type_ids" or _types(config) > 1)]
     seen = TOTAL if cached else LENGTH
-    return tuple(Port(n, "int64", (BATCH, seen if n == "attention_mask" else LENGTH)) for n in names)
+    target = (Port(TARGET, "int64", (BATCH, WRITTEN)),) if config.is_encoder_decoder else ()
+    return tuple(Port(n, "int64", (BATCH, seen if n == "attention_mask" else LENGTH)) for n in names) + target
 
 
 def _types(config: Any) -> int:
@@ -188,9 +193,17 @@ def _config(model: nn.Module) -> Any:
         raise UnsupportedModel(f"{_name(model)} is not a transformers model over tokens. {_supported()}")
     if "input_ids" not in inspect.signature(model.forward).parameters:
         raise UnsupportedModel(f"{_name(model)} takes no input_ids. {_supported()}")
-    if config.is_encoder_decoder:
-        raise UnsupportedModel(f"{_name(model)} is an encoder and a decoder. {_supported()}")
     return config
+
+
+def _check_halves(model: nn.Module, config: Any, task: Task) -> None:
+    """Encoder-decoders generate text from text, and nothing else does."""
+    is_two = bool(getattr(config, "is_encoder_decoder", False))
+    if is_two != (task.name == SEQ2SEQ):
+        what = "an encoder with a decoder" if is_two else "no encoder with a decoder"
+        raise UnsupportedModel(
+            f"{_name(model)} is {what}, and cannot be exported for {task.name}. {_supported()}"
+        )
 
 
 def _check_causal(model: nn.Module, config: Any) -> None:
@@ -216,7 +229,7 @@ def _task(model: nn.Module, word: str | None) -> Task:
 
 def _probe(model: nn.Module, ports: tuple[Port, ...], cached: bool) -> Mapping[str, Any]:
     device = next(model.parameters()).device
-    sizes = {BATCH: 2, LENGTH: PROBED, TOTAL: PROBED}
+    sizes = {BATCH: 2, LENGTH: PROBED, TOTAL: PROBED, WRITTEN: PROBED}
     feeds = {
         port.name: torch.full(
             [axis if isinstance(axis, int) else sizes[axis] for axis in port.axes],
@@ -260,14 +273,24 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _port(name: str, value: Tensor, per_token: bool) -> Port:
-    dynamic = (BATCH, _length(value.shape[1] - PROBED)) if per_token else (BATCH,)
-    return Port(name, _dtype(value), (*dynamic, *value.shape[len(dynamic) :]))
+def _dynamic(task: Task, sees: bool, per_token: bool) -> tuple[str, ...]:
+    """The axes of an output that have no fixed size."""
+    if per_token:
+        return (BATCH,) if sees else (BATCH, LENGTH)
+    return (BATCH, WRITTEN) if task.name == SEQ2SEQ else (BATCH,)
 
 
-def _length(more: int) -> str:
+def _port(name: str, value: Tensor, dynamic: tuple[str, ...]) -> Port:
+    fixed = tuple(value.shape[len(dynamic) :])
+    named = tuple(
+        lengthened(axis, value.shape[at] - PROBED) if at else axis for at, axis in enumerate(dynamic)
+    )
+    return Port(name, _dtype(value), (*named, *fixed))
+
+
+def lengthened(axis: str, more: int) -> str:
     """The axis of the tokens, where virtual ones come out too: `sequence_length + 20`."""
-    return f"{LENGTH} + {more}" if more else LENGTH
+    return f"{axis} + {more}" if more else axis
 
 
 def _name(model: nn.Module) -> str:

@@ -84,13 +84,8 @@ class Cached:
         own = past.self_attention_cache if self.crossed else past
         entries = graft.keys_and_values(self.head_dim, self.heads).unsqueeze(1)
         entries = entries.expand(-1, leading(call)[0], -1, -1, -1)
-        count = len(entries)
-        # PEFT cuts the prefix of an encoder-decoder as if every layer had four entries, and starts over when
-        # they run out; what was trained with it means that.
-        step = 4 if self.crossed else 2
-        for layer in range(count // 2):
-            first = step * layer % count
-            own.update(entries[first], entries[first + 1], layer)
+        for layer, (key, value) in enumerate(by_layer(entries, self.crossed)):
+            own.update(key, value, layer)
         return past
 
     def _empty(self, config: Any) -> Any:
@@ -98,6 +93,15 @@ class Cached:
 
         own = DynamicCache(config=config)
         return EncoderDecoderCache(own, DynamicCache(config=config)) if self.crossed else own
+
+
+def by_layer(entries: Tensor, crossed: bool) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values of every layer, of a prefix whose even entries are keys and odd ones values."""
+    # PEFT cuts the prefix of an encoder-decoder as if every layer had four entries, and starts over when
+    # they run out; what was trained with it means that.
+    step, count = 4 if crossed else 2, len(entries)
+    firsts = [step * layer % count for layer in range(count // 2)]
+    return [(entries[first], entries[first + 1]) for first in firsts]
 
 
 @dataclass(frozen=True, slots=True)

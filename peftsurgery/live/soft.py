@@ -134,6 +134,21 @@ def named(model: nn.Module) -> tuple[tuple[str, ...], dict[str, Tensor]]:
     return tuple(tables), tokens
 
 
+def cached(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """What a prefix puts into the cache of every layer: keys and values, each (heads, n, head_dim).
+
+    Empty without a prefix, and for encoders, which keep no cache.
+    """
+    carriers = [m for m in model.modules() if isinstance(m, TokenGraft) and m.active]
+    for carrier in carriers:
+        site, family = _site(model, carrier), body(model).family
+        if site.kind is Kind.ATTENTION and family is not Family.ENCODER:
+            with torch.no_grad():
+                entries = carrier.keys_and_values(site.shape[1], site.shape[0])
+            return prefixes.by_layer(entries, family is Family.ENCODER_DECODER)
+    return []
+
+
 def count(model: nn.Module) -> int:
     """How many positions the virtual tokens on the model take."""
     carriers = [m for m in model.modules() if isinstance(m, TokenGraft) and m.active]
@@ -141,14 +156,17 @@ def count(model: nn.Module) -> int:
 
 
 def _tokens(model: nn.Module, carrier: TokenGraft) -> dict[str, Tensor]:
-    entry = next(record for record in chart(model).records if record.name == carrier.label)
-    site = entry.plan.sites[0]
+    site = _site(model, carrier)
     with torch.no_grad():
         if site.kind is not Kind.ATTENTION:
             return {"prompt": carrier.tokens()[: carrier.method.num_virtual_tokens]}
         entries = carrier.keys_and_values(site.shape[1], site.shape[0])
     words = ("key", "value")
     return {f"prefix.{i // 2}.{words[i % 2]}": entry for i, entry in enumerate(entries)}
+
+
+def _site(model: nn.Module, carrier: TokenGraft) -> Site:
+    return next(record for record in chart(model).records if record.name == carrier.label).plan.sites[0]
 
 
 def _theta(base: nn.Module, adapter: Adapter, method: TokenMethod, trainable: bool) -> Theta:
@@ -181,4 +199,15 @@ def _check_single(model: nn.Module) -> None:
         )
 
 
-__all__ = ["carrier_of", "count", "fresh", "method_of", "named", "offered", "operation", "plan", "taken"]
+__all__ = [
+    "cached",
+    "carrier_of",
+    "count",
+    "fresh",
+    "method_of",
+    "named",
+    "offered",
+    "operation",
+    "plan",
+    "taken",
+]

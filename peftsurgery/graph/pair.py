@@ -1,0 +1,99 @@
+"""Running an encoder and its decoder in ONNX Runtime as one model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from peftsurgery.graph.inputs import Array
+from peftsurgery.graph.seq2seq import CROSS, DECODER, ENCODER, MASK, OWN, PAST, PRESENT, SINGLE
+from peftsurgery.graph.session import Feeds, Session
+from peftsurgery.graph.signature import TARGET
+
+
+class Pair:
+    """The two graphs of an encoder-decoder, ready to run: a callable from inputs by name to outputs by name.
+
+    Args:
+        encoder, decoder: their files.
+        providers: where to run, as in `Session`.
+        threads: that one operation may use; 0 lets ONNX Runtime choose.
+
+    Raises:
+        ExportError: as `Session` does.
+    """
+
+    def __init__(
+        self, encoder: Path, decoder: Path, providers: Sequence[str] | None = None, *, threads: int = 0
+    ) -> None:
+        self.encoder = Session(encoder, providers, threads=threads)
+        self.decoder = Session(decoder, providers, threads=threads)
+        self.provider = self.decoder.provider
+        own = [port for port in self.decoder.signature().inputs if _is(port.name, OWN)]
+        self._own = {port.name: ([n for n in port.axes if isinstance(n, int)], port.dtype) for port in own}
+
+    def read(self, feeds: Feeds) -> dict[str, Array]:
+        """What the decoder needs of the source texts, and an empty past; `input_ids` and `attention_mask` in.
+
+        `last_hidden_state`, which it does not need, comes too.
+        """
+        given = self.encoder.run(feeds)
+        crossed = {word.replace(PRESENT, PAST, 1): value for word, value in given.items() if _is(word, CROSS)}
+        rows = len(feeds["input_ids"])
+        empty = {
+            word: np.zeros((rows, heads, 0, width), dtype)
+            for word, ((heads, width), dtype) in self._own.items()
+        }
+        return {
+            **crossed,
+            **empty,
+            MASK: feeds["attention_mask"],
+            "last_hidden_state": given["last_hidden_state"],
+        }
+
+    def write(self, state: Feeds, tokens: Array) -> tuple[Array, dict[str, Array]]:
+        """The logits of the next tokens, (rows, tokens, vocabulary), and the state with them in its past."""
+        given = self.decoder.run({**state, "input_ids": tokens})
+        own = {word.replace(PRESENT, PAST, 1): value for word, value in given.items() if _is(word, OWN)}
+        return given["logits"], {**state, **own}
+
+    def run(self, feeds: Feeds) -> dict[str, Array]:
+        """The outputs of the whole model: the decoder reads its input in two steps, so that its past is used."""
+        state, target = self.read(feeds), feeds[TARGET]
+        cut = (target.shape[1] + 1) // 2
+        first, state = self.write(state, target[:, :cut])
+        rest = [] if cut == target.shape[1] else [self.write(state, target[:, cut:])[0]]
+        return {
+            "encoder_last_hidden_state": state["last_hidden_state"],
+            "logits": np.concatenate([first, *rest], axis=1),
+        }
+
+    def __call__(self, feeds: Feeds) -> dict[str, Array]:
+        return self.run(feeds)
+
+
+def graphs(place: Path) -> tuple[Path, ...]:
+    """The graphs of one model: an `.onnx` file, or those that a directory holds; none where it holds none.
+
+    Either of the two files of an encoder-decoder stands for both.
+    """
+    if place.suffix == ".onnx" and place.name not in (ENCODER, DECODER):
+        return (place,)
+    directory = place.parent if place.suffix == ".onnx" else place
+    found = [directory / name for name in (SINGLE, ENCODER, DECODER) if (directory / name).is_file()]
+    return (directory / SINGLE,) if directory / SINGLE in found else tuple(found) if len(found) == 2 else ()
+
+
+def opened(files: Sequence[Path]) -> Session | Pair:
+    """What runs the graphs of one model.
+
+    Raises:
+        ExportError: as `Session` does.
+    """
+    return Session(files[0]) if len(files) == 1 else Pair(files[0], files[1])
+
+
+def _is(word: str, whose: str) -> bool:
+    return f".{whose}." in word and word.startswith((PAST, PRESENT))
