@@ -281,16 +281,10 @@ def _dynamic(task: Task, sees: bool, per_token: bool) -> tuple[str, ...]:
 
 
 def _port(name: str, value: Tensor, dynamic: tuple[str, ...]) -> Port:
-    fixed = tuple(value.shape[len(dynamic) :])
-    named = tuple(
-        lengthened(axis, value.shape[at] - PROBED) if at else axis for at, axis in enumerate(dynamic)
-    )
-    return Port(name, _dtype(value), (*named, *fixed))
-
-
-def lengthened(axis: str, more: int) -> str:
-    """The axis of the tokens, where virtual ones come out too: `sequence_length + 20`."""
-    return f"{axis} + {more}" if more else axis
+    """Where virtual tokens come out too, the axis of the tokens says so: `sequence_length + 20`."""
+    lengths = zip(dynamic[1:], value.shape[1:], strict=False)
+    named = (f"{axis} + {size - PROBED}" if size > PROBED else axis for axis, size in lengths)
+    return Port(name, _dtype(value), (BATCH, *named, *value.shape[len(dynamic) :]))
 
 
 def _name(model: nn.Module) -> str:

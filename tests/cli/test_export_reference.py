@@ -175,7 +175,7 @@ def test_beside_the_checkpoint_two_files_are_added(run: Run, bert: Path, tmp_pat
     onnx.checker.check_model(base / "model.onnx")
     assert run("verify", base, "--against", base).exit_code == 0
     again = run("export-onnx", base, "--weights", "reference", "-o", base)
-    assert again.exit_code == 1 and "holds a model.onnx already" in again.stderr
+    assert again.exit_code == 1 and "holds 'model.onnx' already" in again.stderr
 
 
 def test_a_failure_beside_the_checkpoint_leaves_nothing(bert: Path, tmp_path: Path) -> None:
