@@ -1,12 +1,12 @@
-"""Memory and bytes of exporting by reference: a synthetic encoder of some gigabytes, beside a copying export.
+"""Memory, bytes and time of exporting a decoder by reference, beside the exporters that load the model.
 
-python -m benchmarks.export_memory [--gigabytes 3.6] [--dtype float32] [--copy]
+python -m benchmarks.export_memory [--gigabytes 3.6] [--dtype bfloat16] [--peers]
 
-The checkpoint is BERT-shaped, in shards, and sparse: its files have their length and no blocks, so it costs no disk
-and reads as zeros. Each export runs in a process of its own and is not compared with torch, for that would load the
-weights. What counts is the largest resident set of the process (with the imports of torch, transformers and onnx),
-the bytes that its directory holds beside the links, and the time. ONNX Runtime then loads the graph in another
-process, with prepacking off, which would copy every matrix.
+The checkpoint has Llama-7B's layers, as many as fill the gigabytes, in shards, and is sparse: its files have their
+length and no blocks, so it costs no disk and reads as zeros. Each export runs in a process of its own and is not
+compared with torch, for that would load the weights. What counts is the largest resident set of the process (with
+the imports of torch, transformers and onnx), the bytes that its directory holds beside the links, and the time. ONNX
+Runtime then loads the graph in another process, with prepacking off, which would copy every matrix.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,10 +26,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 SHARD = 1_000_000_000
-WIDTH, HEADS = 2048, 16
+WIDTH, HEADS, INNER, VOCABULARY = 4096, 32, 11008, 32000
+"""Llama-7B's."""
 RESULTS = Path(__file__).parent / "results" / "export_memory.json"
 WORDS = {torch.float32: "F32", torch.bfloat16: "BF16"}
 PEAK = """
@@ -44,10 +46,45 @@ import peftsurgery as ps
 ps.export_onnx(sys.argv[1], out=sys.argv[2], weights=sys.argv[3], verify=False)
 print(resident("VmHWM"), time.perf_counter() - start)
 """
+STOCK = """
+import sys, time, pathlib, torch
+from transformers import AutoModelForCausalLM
+start = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
+class Plain(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.model = model
+    def forward(self, ids, mask):
+        return self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+out = pathlib.Path(sys.argv[2])
+out.mkdir()
+ids, mask = torch.ones(2, 11, dtype=torch.int64), torch.ones(2, 11, dtype=torch.int64)
+mask[1, :3] = 0
+free = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+torch.onnx.export(Plain(), (ids, mask), out / "model.onnx", dynamo=True, dynamic_shapes=(free, free), verbose=False)
+print(resident("VmHWM"), time.perf_counter() - start)
+"""
+TRANSFORMERS = """
+import sys, time, pathlib, torch
+from transformers import AutoModelForCausalLM
+from transformers.exporters import OnnxConfig, OnnxExporter
+start = time.perf_counter()
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").eval()
+out = pathlib.Path(sys.argv[2])
+out.mkdir()
+ids, mask = torch.ones(2, 11, dtype=torch.int64), torch.ones(2, 11, dtype=torch.int64)
+mask[1, :3] = 0
+feeds = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+done = OnnxExporter().export(model, feeds, OnnxConfig(dynamic=True))
+done.save_pretrained(out)
+print(resident("VmHWM"), time.perf_counter() - start)
+"""
+PEERS = {"torch.onnx.export": STOCK, "transformers' exporter": TRANSFORMERS}
 IMPORTS = """
 import onnx, onnx_ir, onnxscript, torch, transformers, peftsurgery as ps
 import torch.onnx._internal.exporter._core
-from transformers import BertModel
+from transformers import LlamaForCausalLM
 ps.export_onnx
 print(resident("VmHWM"), 0)
 """
@@ -63,23 +100,25 @@ print(resident("VmRSS") - before, time.perf_counter() - start)
 """
 
 
-def config(nbytes: float, dtype: torch.dtype) -> BertConfig:
-    """A BERT of as many layers as fill `nbytes`."""
-    a_layer = 12 * WIDTH * WIDTH * dtype.itemsize
-    said = BertConfig(
+def config(nbytes: float, dtype: torch.dtype) -> LlamaConfig:
+    """A Llama of as many layers as fill `nbytes`."""
+    a_layer = (4 * WIDTH * WIDTH + 3 * WIDTH * INNER) * dtype.itemsize
+    tables = 2 * VOCABULARY * WIDTH * dtype.itemsize
+    said = LlamaConfig(
         hidden_size=WIDTH,
         num_attention_heads=HEADS,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=max(1, round(nbytes / a_layer)),
+        intermediate_size=INNER,
+        vocab_size=VOCABULARY,
+        num_hidden_layers=max(1, round((nbytes - tables) / a_layer)),
     )
-    said.dtype, said.architectures = dtype, ["BertModel"]
+    said.dtype, said.architectures = dtype, ["LlamaForCausalLM"]
     return said
 
 
-def write(directory: Path, said: BertConfig, dtype: torch.dtype) -> int:
+def write(directory: Path, said: LlamaConfig, dtype: torch.dtype) -> int:
     """The checkpoint, every tensor zeros that lie nowhere; its length comes back."""
     with torch.device("meta"):
-        model = BertModel(said)
+        model = LlamaForCausalLM(said)
     said.save_pretrained(directory)
     named, total = dict[str, str](), 0
     for number, shard in enumerate(shards(model, dtype), start=1):
@@ -121,8 +160,10 @@ def sparse(file: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> int
 def measured(code: str, *words: object) -> tuple[float, float]:
     """What a process of its own says: bytes, seconds."""
     command = [sys.executable, "-c", PEAK + code, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    nbytes, seconds = done.stdout.split()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    nbytes, seconds = done.stdout.split()[-2:]
     return float(nbytes), float(seconds)
 
 
@@ -133,16 +174,21 @@ def written(directory: Path) -> int:
 
 
 def row(base: Path, out: Path, way: str) -> dict[str, Any]:
-    peak, seconds = measured(EXPORT, base, out, way)
-    return {"weights": way, "peak_bytes": peak, "seconds": seconds, "written_bytes": written(out)}
+    peak, seconds = measured(PEERS.get(way, EXPORT), base, out, way)
+    found = {"export": way, "peak_bytes": peak, "seconds": seconds, "written_bytes": written(out)}
+    if way in PEERS:
+        shutil.rmtree(out)
+    return found
 
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     words.add_argument("--gigabytes", type=float, default=3.6)
-    words.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    words.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
     words.add_argument(
-        "--copy", action="store_true", help="measure the copying export too; it writes the weights"
+        "--peers",
+        action="store_true",
+        help="measure the exporters that load the model; they write its weights",
     )
     asked = words.parse_args()
     dtype = getattr(torch, asked.dtype)
@@ -152,9 +198,9 @@ def main() -> None:
         said = config(asked.gigabytes * 1e9, dtype)
         total = write(base, said, dtype)
         imports, _ = measured(IMPORTS)
-        ways = ["reference", "copy"] if asked.copy else ["reference"]
-        rows = [row(base, Path(room) / way, way) for way in ways]
-        loaded = measured(LOAD, Path(room) / "reference") if dtype is torch.float32 else None
+        ways = ["reference", *(PEERS if asked.peers else ())]
+        rows = [row(base, Path(room) / f"out-{number}", way) for number, way in enumerate(ways)]
+        loaded = measured(LOAD, Path(room) / "out-0") if dtype is torch.float32 else None
     found = {
         "checkpoint_bytes": total,
         "layers": said.num_hidden_layers,
@@ -164,7 +210,9 @@ def main() -> None:
         "exports": rows,
         "session": None if loaded is None else {"resident_bytes": loaded[0], "seconds": loaded[1]},
     }
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    key = f"{asked.gigabytes:g} GB {asked.dtype}"
+    known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    RESULTS.write_text(json.dumps({**known, key: found}, indent=2) + "\n")
     show(found)
 
 
@@ -172,13 +220,13 @@ def show(found: dict[str, Any]) -> None:
     console = Console()
     total = found["checkpoint_bytes"]
     table = Table(title=f"{total / 1e9:.1f} GB {found['dtype']}, {found['layers']} layers")
-    for column in ("weights", "peak MB", "written MB", "of the checkpoint", "s"):
+    for column in ("export", "peak MB", "written MB", "of the checkpoint", "s"):
         table.add_column(column, justify="right")
     for entry in found["exports"]:
         share = entry["written_bytes"] / total
         cells = (entry["peak_bytes"] / 1e6, entry["written_bytes"] / 1e6)
         table.add_row(
-            entry["weights"], f"{cells[0]:.0f}", f"{cells[1]:.2f}", f"{share:.3%}", f"{entry['seconds']:.1f}"
+            entry["export"], f"{cells[0]:.0f}", f"{cells[1]:.2f}", f"{share:.3%}", f"{entry['seconds']:.1f}"
         )
     console.print(table)
     console.print(f"Of the peak, imports take {found['imports_bytes'] / 1e6:.0f} MB.")
