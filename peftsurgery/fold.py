@@ -24,7 +24,7 @@ from peftsurgery.workers import alone, workers
 
 NARROWEST = 16
 """Rows of the smallest tile; a matrix product of fewer may take another path, with other bits."""
-TILE = {"cpu": 1 << 17}
+TILE = {"cpu": 1 << 18}
 """Elements of a tile: what a core's cache holds."""
 DEVICE_TILE = 1 << 24
 """Elements of a tile on an accelerator, which wants few and large operations."""
