@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import os
+import struct
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from peftsurgery.disk.rooms import PAGE
 
 DIRECT = getattr(os, "O_DIRECT", 0)
 """0 where the system has no such thing."""
+FICLONERANGE = 0x4020940D
+"""Linux's request to share a part of a file's blocks (ioctl_ficlonerange(2))."""
 REFUSED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -32,31 +36,32 @@ class Output:
     Args:
         plain: the descriptor for writes through the cache.
         direct: the one for writes past it; None where the file system has none.
+        shares: whether the file system lets it share pages with other files.
     """
 
     file: Path
     plain: int
     direct: int | None
+    shares: bool = False
 
 
 @contextmanager
-def output(file: Path, nbytes: int, mode: int | None = None) -> Iterator[Output]:
-    """A file of `nbytes` to fill, which gets its name, and is on the disk, when the block ends well.
+def output(file: Path, mode: int | None = None) -> Iterator[Output]:
+    """A file to fill, which gets its name, and is on the disk, when the block ends well.
 
     Args:
         mode: its permissions; what the user's mask leaves by default.
 
     Raises:
-        CheckpointError: there is no room for it, or it cannot be written.
+        CheckpointError: it cannot be written.
     """
     temporary = file.with_name(f".{file.name}.partial")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
     with opened(temporary, new=True) as plain, _direct(temporary) as direct:
-        with writing(file):
-            _reserve(plain, nbytes, direct is not None)
-            if mode is not None:
+        if mode is not None:
+            with writing(file):
                 os.fchmod(plain, mode)
         yield Output(file, plain, direct)
     rename(temporary, file)
@@ -109,8 +114,35 @@ def _direct(file: Path) -> Iterator[int | None]:
             os.close(descriptor)
 
 
-def _reserve(descriptor: int, nbytes: int, real: bool) -> None:
-    """Give the file its size; on a real disk its blocks too, so that a full one says so before anything is written."""
-    os.ftruncate(descriptor, nbytes)
-    if real and nbytes:
-        os.posix_fallocate(descriptor, 0, nbytes)
+def reserve(out: Output, nbytes: int) -> None:
+    """Give the file its size; on a real disk its blocks too, so that a full one says so before anything is written.
+
+    Raises:
+        CheckpointError: there is no room for it.
+    """
+    with writing(out.file):
+        os.ftruncate(out.plain, nbytes)
+        if out.direct is not None and nbytes and not out.shares:
+            os.posix_fallocate(out.plain, 0, nbytes)
+
+
+def sharing(out: Output, source: Path) -> bool:
+    """Whether the file system lets the file share pages with `source`, which is tried with the first."""
+    out.shares = sys.platform == "linux"
+    out.shares = share(out, source, 0, 0, PAGE)
+    return out.shares
+
+
+def share(out: Output, source: Path, begin: int, start: int, nbytes: int) -> bool:
+    """Let the pages from `start` on be those of `source` from `begin` on, copied by neither; whether that was done."""
+    if not out.shares or nbytes <= 0 or begin % PAGE or start % PAGE or nbytes % PAGE:
+        return False
+    import fcntl
+
+    try:
+        with source.open("rb") as there:
+            asked = struct.pack("qQQQ", there.fileno(), begin, nbytes, start)
+            fcntl.ioctl(out.plain, FICLONERANGE, asked)
+    except OSError:
+        return False
+    return True

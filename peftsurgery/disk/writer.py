@@ -6,15 +6,17 @@ import json
 import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from peftsurgery.disk.output import Output, output, put
-from peftsurgery.disk.pieces import BLOCK, Block, Piece, blocks, make, read, span
-from peftsurgery.disk.rooms import PAGE, ROOMS, typed
-from peftsurgery.disk.shard import DTYPES, PREFIX, read_into
+from peftsurgery.disk.jobs import Make, Move, jobs
+from peftsurgery.disk.output import Output, output, put, reserve, sharing
+from peftsurgery.disk.pieces import BLOCK, Piece
+from peftsurgery.disk.rooms import PAGE
+from peftsurgery.disk.shard import DTYPES, PREFIX
 from peftsurgery.events import Event, Listener, ignore
 from peftsurgery.tally import Tally
 from peftsurgery.workers import workers
@@ -64,39 +66,6 @@ class ShardDone:
     tallies: Mapping[str, Tally]
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """Bytes of a file, from `begin` on, that go to `start` in the output as they are."""
-
-    file: Path
-    begin: int
-    start: int
-    nbytes: int
-
-    def run(self, out: Output, task: ShardTask) -> Tally:
-        data = ROOMS.room("out", self.nbytes, self.start)
-        read_into(self.file, self.begin, data.numpy().data)
-        put(out, self.start, data)
-        return Tally()
-
-
-@dataclass(frozen=True, slots=True)
-class Make:
-    """Rows of a tensor that are computed and go to `start` in the output."""
-
-    piece: Piece
-    block: Block
-    start: int
-    nbytes: int
-
-    def run(self, out: Output, task: ShardTask) -> Tally:
-        base = read(self.piece, self.block)
-        made = typed(ROOMS.room("out", self.nbytes, self.start), self.piece.dtype).view(base.shape)
-        found = make(self.piece, self.block, base, made, device=task.device, measure=task.measure)
-        put(out, self.start, made.view(-1).view(torch.uint8))
-        return found
-
-
 def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
     """Write one safetensors file; under its name it is whole, and on the disk.
 
@@ -107,19 +76,39 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
         CheckpointError: a file cannot be read or written.
         NonFiniteWeight: folding gave a NaN or an infinity.
     """
-    head = header(task.pieces, task.metadata)
-    size = len(head) + task.nbytes
-    jobs = list(_jobs(task.pieces, len(head), task.device))
     tallies: dict[str, Tally] = defaultdict(Tally)
-    events = deque(_events(task.pieces, len(head)))
-    with output(task.file, size, task.mode) as out, workers(task.threads) as pool:
+    with output(task.file, task.mode) as out, workers(task.threads) as pool:
+        head = header(task.pieces, task.metadata, _skew(task.pieces, out))
+        size = len(head) + task.nbytes
+        reserve(out, size)
         put(out, 0, torch.frombuffer(bytearray(head), dtype=torch.uint8))
-        for job, found in zip(jobs, pool.map(lambda job: job.run(out, task), jobs), strict=True):
+        events = deque(_events(task.pieces, len(head)))
+        todo = list(jobs(task.pieces, len(head), task.device))
+        run = partial(_run, out=out, device=task.device, measure=task.measure)
+        for job, found in zip(todo, pool.map(run, todo), strict=True):
             if isinstance(job, Make) and job.piece.touched:
                 tallies[job.piece.name] += found
             _tell(events, job.start + job.nbytes, listen)
-    _tell(events, size, listen)
+        _tell(events, size, listen)
     return ShardDone(task.file, size, dict(tallies))
+
+
+def _run(job: Move | Make, *, out: Output, device: str, measure: bool) -> Tally:
+    return job.run(out, device=device, measure=measure)
+
+
+def _skew(pieces: Iterable[Piece], out: Output) -> int:
+    """Where in a page the tensors should begin, so that what is moved lies in pages as it does in its file.
+
+    That matters to a file system that lets files share pages, and to no other.
+    """
+    reached = 0
+    for piece in pieces:
+        if (stored := piece.copied) and piece.nbytes >= PAGE:
+            skew = (stored.start - reached) % PAGE
+            return skew if skew % 8 == 0 and sharing(out, stored.file) else 0
+        reached += piece.nbytes
+    return 0
 
 
 def _events(pieces: Sequence[Piece], reached: int) -> Iterator[tuple[int, Event]]:
@@ -138,40 +127,8 @@ def _tell(events: deque[tuple[int, Event]], reached: int, listen: Listener) -> N
         listen(events.popleft()[1])
 
 
-def _jobs(pieces: Iterable[Piece], start: int, device: str) -> Iterator[Move | Make]:
-    """What there is to do for these tensors, which begin at `start` in the output, in the order of their bytes."""
-    run = Move(Path(), 0, 0, 0)
-    for piece in pieces:
-        if stored := piece.copied:
-            if (stored.file, stored.start) != (run.file, run.begin + run.nbytes):
-                yield from _cut(run)
-                run = Move(stored.file, stored.start, start, 0)
-            run = replace(run, nbytes=run.nbytes + piece.nbytes)
-        else:
-            yield from _cut(run)
-            run = Move(Path(), 0, 0, 0)
-            yield from _makes(piece, start, device)
-        start += piece.nbytes
-    yield from _cut(run)
-
-
-def _cut(run: Move) -> Iterator[Move]:
-    """A run of bytes in pieces that begin on the pages of the output."""
-    stop = run.start + run.nbytes
-    for at in (run.start, *range(run.start - run.start % BLOCK + BLOCK, stop, BLOCK)):
-        until = min(stop, at - at % BLOCK + BLOCK)
-        if until > at:
-            yield Move(run.file, run.begin + at - run.start, at, until - at)
-
-
-def _makes(piece: Piece, start: int, device: str) -> Iterator[Make]:
-    for block in blocks(piece, device) if piece.nbytes else ():
-        begin, stop = span(piece, block.rows)
-        yield Make(piece, block, start + begin, stop - begin)
-
-
-def header(pieces: Iterable[Piece], metadata: Mapping[str, str]) -> bytes:
-    """The beginning of a file that holds these tensors; of a large one whole pages, so that their bytes lie well."""
+def header(pieces: Iterable[Piece], metadata: Mapping[str, str], skew: int = 0) -> bytes:
+    """The beginning of a file that holds these tensors; of a large one whole pages and `skew` bytes."""
     said: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     reached = 0
     for piece in pieces:
@@ -183,5 +140,5 @@ def header(pieces: Iterable[Piece], metadata: Mapping[str, str]) -> bytes:
         }
         reached = stop
     text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(PREFIX + len(text)) % (PAGE if reached >= BLOCK else 8))
+    text += b" " * ((skew - PREFIX - len(text)) % (PAGE if reached >= BLOCK else 8))
     return len(text).to_bytes(PREFIX, "little") + text

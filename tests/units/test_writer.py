@@ -9,6 +9,7 @@ import os
 import pickle
 import resource
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -144,6 +145,26 @@ def test_however_it_is_written_the_file_is_the_same(tmp_path: Path, monkeypatch:
     again.append(replace(task, file=tmp_path / "plain"))
     write_shard(again[-1])
     assert all(other.file.read_bytes() == task.file.read_bytes() for other in again)
+
+
+def test_pages_are_shared_where_the_file_system_shares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FICLONERANGE, played by copying what it would share, and refusing what it would refuse."""
+    pieces, shared = base(tmp_path / "base"), [0]
+    write_shard(ShardTask(tmp_path / "copied", pieces))
+
+    def ioctl(descriptor: int, request: int, asked: bytes) -> None:
+        source, begin, nbytes, start = struct.unpack("qQQQ", asked)
+        assert request == output.FICLONERANGE and not (begin % 4096 or nbytes % 4096 or start % 4096)
+        os.pwrite(descriptor, os.pread(source, nbytes, begin), start)
+        shared[0] += nbytes
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    write_shard(ShardTask(tmp_path / "shared", pieces[1:]))
+    found, copied = load_file(tmp_path / "shared"), load_file(tmp_path / "copied")
+    assert all(torch.equal(found[name], copied[name]) for name in found) and len(found) == len(pieces) - 1
+    assert shared[0] > 0.9 * pieces[1].nbytes
 
 
 def test_writing_again_writes_the_same_file(tmp_path: Path) -> None:

@@ -1,0 +1,89 @@
+"""What there is to do for one file: bytes to move, rows to make; each by itself, in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from peftsurgery.disk.output import Output, put, share
+from peftsurgery.disk.pieces import BLOCK, Block, Piece, blocks, make, read, span
+from peftsurgery.disk.rooms import PAGE, ROOMS, typed
+from peftsurgery.disk.shard import read_into
+from peftsurgery.tally import Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Bytes of a file, from `begin` on, that go to `start` in the output as they are."""
+
+    file: Path
+    begin: int
+    start: int
+    nbytes: int
+
+    def run(self, out: Output, *, device: str, measure: bool) -> Tally:
+        head = min(-self.start % PAGE, self.nbytes)
+        body = (self.nbytes - head) // PAGE * PAGE
+        if share(out, self.file, self.begin + head, self.start + head, body):
+            self._copy(out, 0, head)
+            self._copy(out, head + body, self.nbytes)
+        else:
+            self._copy(out, 0, self.nbytes)
+        return Tally()
+
+    def _copy(self, out: Output, begin: int, stop: int) -> None:
+        data = ROOMS.room("out", stop - begin, self.start + begin)
+        read_into(self.file, self.begin + begin, data.numpy().data)
+        put(out, self.start + begin, data)
+
+
+@dataclass(frozen=True, slots=True)
+class Make:
+    """Rows of a tensor that are computed and go to `start` in the output."""
+
+    piece: Piece
+    block: Block
+    start: int
+    nbytes: int
+
+    def run(self, out: Output, *, device: str, measure: bool) -> Tally:
+        base = read(self.piece, self.block)
+        made = typed(ROOMS.room("out", self.nbytes, self.start), self.piece.dtype).view(base.shape)
+        found = make(self.piece, self.block, base, made, device=device, measure=measure)
+        put(out, self.start, made.view(-1).view(torch.uint8))
+        return found
+
+
+def jobs(pieces: Iterable[Piece], start: int, device: str) -> Iterator[Move | Make]:
+    """What there is to do for these tensors, which begin at `start` in the output, in the order of their bytes."""
+    run = Move(Path(), 0, 0, 0)
+    for piece in pieces:
+        if stored := piece.copied:
+            if (stored.file, stored.start) != (run.file, run.begin + run.nbytes):
+                yield from _cut(run)
+                run = Move(stored.file, stored.start, start, 0)
+            run = replace(run, nbytes=run.nbytes + piece.nbytes)
+        else:
+            yield from _cut(run)
+            run = Move(Path(), 0, 0, 0)
+            yield from _makes(piece, start, device)
+        start += piece.nbytes
+    yield from _cut(run)
+
+
+def _cut(run: Move) -> Iterator[Move]:
+    """A run of bytes in pieces that begin on the pages of the output."""
+    stop = run.start + run.nbytes
+    for at in (run.start, *range(run.start - run.start % BLOCK + BLOCK, stop, BLOCK)):
+        until = min(stop, at - at % BLOCK + BLOCK)
+        if until > at:
+            yield Move(run.file, run.begin + at - run.start, at, until - at)
+
+
+def _makes(piece: Piece, start: int, device: str) -> Iterator[Make]:
+    for block in blocks(piece, device) if piece.nbytes else ():
+        begin, stop = span(piece, block.rows)
+        yield Make(piece, block, start + begin, stop - begin)
