@@ -103,10 +103,10 @@ def test_a_wrong_export_leaves_nothing(
 ) -> None:
     real = weights.save
 
-    def damaged(model: object, directory: Path, **options: object) -> object:
+    def damaged(model: object, directory: Path, *names: str, **options: object) -> object:
         value = model.graph.initializers["bert.encoder.layer.0.attention.self.query.weight"]
         value.const_value = passes.as_ir(passes.as_torch(value.const_value) * 1.5, value.name)
-        return real(model, directory, **options)
+        return real(model, directory, *names, **options)
 
     monkeypatch.setattr(weights, "save", damaged)
     with pytest.raises(ParityError) as caught:
