@@ -270,9 +270,7 @@ def generate_command(**options: Any) -> None:
 
 @main.command("verify")
 @click.argument("model")
-@click.option(
-    "--against", required=True, help="What it should equal: a model directory or another ONNX export."
-)
+@click.option("--against", required=True, help="What it should equal: a model directory.")
 @click.option(
     "--adapter", "adapters", multiple=True, help="An adapter on the model of --against. Repeatable."
 )
