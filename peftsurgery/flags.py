@@ -1,4 +1,4 @@
-"""The flags that several commands share, as decorators."""
+"""The flags of the commands, as decorators."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 SETTINGS = (
     "r",
     "lora_alpha",
@@ -23,112 +24,99 @@ READINGS = ("strip_virtual_outputs", "pool", "position_shift")
 """The words of a reading of virtual tokens."""
 
 
-def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that every command has; they say how to show, never what to do."""
-    for option in (
-        click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error."),
-        click.option("-q", "--quiet", is_flag=True, help="Show errors only."),
-        click.option(
-            "--json",
-            "as_json",
-            is_flag=True,
-            help="Print the report as JSON on stdout; progress goes to stderr.",
-        ),
-    ):
-        command = option(command)
-    return command
+def together(*options: Decorator) -> Decorator:
+    """One decorator of several, whose options are shown in this order."""
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
-def trust_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that read what others made."""
-    for option in (
-        click.option(
-            "--trust-remote-code", is_flag=True, help="Run the Python code that the model directory brings."
-        ),
-        click.option("--allow-pickle", is_flag=True, help="Read a .bin adapter (weights only)."),
-    ):
-        command = option(command)
-    return command
+report_options = together(
+    click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print the report as JSON on stdout; progress goes to stderr.",
+    ),
+    click.option("-q", "--quiet", is_flag=True, help="Show errors only."),
+    click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error."),
+)
+"""The options that every command has; they say how to show, never what to do."""
 
+trust_options = together(
+    click.option("--allow-pickle", is_flag=True, help="Read a .bin adapter (weights only)."),
+    click.option(
+        "--trust-remote-code", is_flag=True, help="Run the Python code that the model directory brings."
+    ),
+)
+"""The options of commands that read what others made."""
 
-def word_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that choose sites."""
-    for option in (
-        click.option("--layers-pattern", help="The name of the list of layers, where it is not evident."),
-        click.option("--layers-to-transform", help="Layer numbers, e.g. 0-3,7."),
-        click.option("--exclude-modules", help="What stays out, in the words of --targets."),
-        click.option("--targets", help="Sites: suffixes (query,value), globs, re:<regex>, or all-linear."),
-    ):
-        command = option(command)
-    return command
+word_options = together(
+    click.option("--targets", help="Sites: suffixes (query,value), globs, re:<regex>, or all-linear."),
+    click.option("--exclude-modules", help="What stays out, in the words of --targets."),
+    click.option("--layers-to-transform", help="Layer numbers, e.g. 0-3,7."),
+    click.option("--layers-pattern", help="The name of the list of layers, where it is not evident."),
+)
+"""The options that choose sites."""
 
+setting_options = together(
+    click.option(
+        "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter, e.g. r=16."
+    ),
+    click.option("--r", "--rank", type=int, help="Rank (r)."),
+    click.option("--alpha", "lora_alpha", type=float, help="lora_alpha."),
+    click.option("--dropout", "lora_dropout", type=float, help="lora_dropout."),
+)
+"""The options that say a method's hyper-parameters."""
 
-def setting_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say a method's hyper-parameters."""
-    for option in (
-        click.option("--dropout", "lora_dropout", type=float, help="lora_dropout."),
-        click.option("--alpha", "lora_alpha", type=float, help="lora_alpha."),
-        click.option("--r", "--rank", type=int, help="Rank (r)."),
-        click.option(
-            "--set", "settings", multiple=True, metavar="NAME=VALUE", help="A hyper-parameter, e.g. r=16."
-        ),
-    ):
-        command = option(command)
-    return command
+soft_options = together(
+    click.option("--num-virtual-tokens", type=int, help="How many tokens a prompt or a prefix has."),
+    click.option(
+        "--init-text",
+        "prompt_tuning_init_text",
+        help="The text that a prompt starts from, or is.",
+    ),
+    click.option(
+        "--encoder",
+        "encoder_reparameterization_type",
+        type=click.Choice(["mlp", "lstm"]),
+        help="p-tuning: the encoder.",
+    ),
+    click.option(
+        "--projection", "prefix_projection", is_flag=True, help="prefix-tuning: train a projection."
+    ),
+)
+"""The hyper-parameters of prompts and prefixes that have flags of their own."""
 
+reading_options = together(
+    click.option(
+        "--strip-virtual-outputs",
+        is_flag=True,
+        help="A prompt: outputs per token as long as the input.",
+    ),
+    click.option(
+        "--pool",
+        type=click.Choice(["first", "cls"]),
+        default="first",
+        show_default=True,
+        help="A prompt: what is pooled, the first virtual token or the first word.",
+    ),
+    click.option(
+        "--no-position-shift",
+        "position_shift",
+        is_flag=True,
+        default=True,
+        flag_value=False,
+        help="A prefix on an encoder: number the words from 0, as AdapterHub does.",
+    ),
+)
+"""The options that say how virtual tokens are read, where it is not as in PEFT."""
 
-def soft_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The hyper-parameters of prompts and prefixes that have flags of their own."""
-    for option in (
-        click.option(
-            "--projection", "prefix_projection", is_flag=True, help="prefix-tuning: train a projection."
-        ),
-        click.option(
-            "--encoder",
-            "encoder_reparameterization_type",
-            type=click.Choice(["mlp", "lstm"]),
-            help="p-tuning: the encoder.",
-        ),
-        click.option(
-            "--init-text",
-            "prompt_tuning_init_text",
-            help="The text that a prompt starts from, or is.",
-        ),
-        click.option("--num-virtual-tokens", type=int, help="How many tokens a prompt or a prefix has."),
-    ):
-        command = option(command)
-    return command
-
-
-def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how virtual tokens are read, where it is not as in PEFT."""
-    for option in (
-        click.option(
-            "--no-position-shift",
-            "position_shift",
-            is_flag=True,
-            default=True,
-            flag_value=False,
-            help="A prefix on an encoder: number the words from 0, as AdapterHub does.",
-        ),
-        click.option(
-            "--pool",
-            type=click.Choice(["first", "cls"]),
-            default="first",
-            show_default=True,
-            help="A prompt: what is pooled, the first virtual token or the first word.",
-        ),
-        click.option(
-            "--strip-virtual-outputs",
-            is_flag=True,
-            help="A prompt: outputs per token as long as the input.",
-        ),
-    ):
-        command = option(command)
-    return command
-
-
-EXPORTING = (
+export_options = together(
     click.option("--adapter", "adapters", multiple=True, help="An adapter to export with it. Repeatable."),
     click.option("-o", "--out", type=click.Path(), required=True, help="The directory to write."),
     click.option(
@@ -179,16 +167,9 @@ EXPORTING = (
         help="A decoder's soft prompt: in the graph, or a file that a session feeds to the graph of the base.",
     ),
 )
+"""The options of an export."""
 
-
-def export_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of an export."""
-    for option in reversed(EXPORTING):
-        command = option(command)
-    return command
-
-
-WRITING = (
+writing_options = together(
     click.option(
         "--prompt", "prompts", multiple=True, required=True, help="A text to go on with. Repeatable."
     ),
@@ -230,36 +211,24 @@ WRITING = (
         help="Of one operation; 0: as many as fit.",
     ),
 )
+"""The options that say what text to write, and how."""
 
-
-def writing_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say what text to write, and how."""
-    for option in reversed(WRITING):
-        command = option(command)
-    return command
-
-
-def merge_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of merge, which say where and what it writes."""
-    for option in (
-        click.option(
-            "--device", default="cpu", show_default=True, help="Where folding is computed, e.g. cuda."
-        ),
-        click.option(
-            "--max-shard-size",
-            help="Cut the weights into files of this size, e.g. 5GB; as the base by default.",
-        ),
-        click.option("--dtype", help="float32, float16 or bfloat16; each tensor's own by default."),
-        click.option("--task", help="The task of the merged model, where the adapter does not say it."),
-        click.option(
-            "--untie", is_flag=True, help="Give a tied weight that the adapter changes a copy of its own."
-        ),
-        click.option("--undo", type=click.Path(), help="--in-place: the file that keeps the original bytes."),
-        click.option("--in-place", is_flag=True, help="Patch the files of MODEL itself; needs --undo."),
-        click.option(
-            "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
-        ),
-        click.option("-o", "--out", type=click.Path(), help="The directory to write."),
-    ):
-        command = option(command)
-    return command
+merge_options = together(
+    click.option("-o", "--out", type=click.Path(), help="The directory to write."),
+    click.option(
+        "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
+    ),
+    click.option("--in-place", is_flag=True, help="Patch the files of MODEL itself; needs --undo."),
+    click.option("--undo", type=click.Path(), help="--in-place: the file that keeps the original bytes."),
+    click.option(
+        "--untie", is_flag=True, help="Give a tied weight that the adapter changes a copy of its own."
+    ),
+    click.option("--task", help="The task of the merged model, where the adapter does not say it."),
+    click.option("--dtype", help="float32, float16 or bfloat16; each tensor's own by default."),
+    click.option(
+        "--max-shard-size",
+        help="Cut the weights into files of this size, e.g. 5GB; as the base by default.",
+    ),
+    click.option("--device", default="cpu", show_default=True, help="Where folding is computed, e.g. cuda."),
+)
+"""The options of merge, which say where and what it writes."""
