@@ -6,12 +6,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftsurgery.errors import UnsupportedModel
 
 PAST, PRESENT, PREFIX = "past_key_values", "present", "prefix"
 PARTS = ("key", "value")
+
+
+class Constant(nn.Module):
+    """The keys and values that one layer of a decoder reads first, each (heads, n, head width)."""
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        super().__init__()
+        self.key, self.value = nn.Buffer(key), nn.Buffer(value)
 
 
 def name(kind: str, layer: int, part: str) -> str:
@@ -75,8 +83,13 @@ def behind(prefix: Mapping[str, Tensor], feeds: Mapping[str, Tensor]) -> dict[st
         wide["position_ids"] = feeds["position_ids"] + count
     for key, constant in prefix.items():
         past = key.replace(PREFIX, PAST)
-        wide[past] = torch.cat([constant.to(feeds[past]).expand(rows, -1, -1, -1), feeds[past]], 2)
+        wide[past] = joined(constant.to(feeds[past]), feeds[past])
     return wide
+
+
+def joined(constant: Tensor, past: Tensor) -> Tensor:
+    """A constant, (heads, n, head width), in front of every row of keys or values."""
+    return torch.cat([constant.expand(past.shape[0], -1, -1, -1), past], 2)
 
 
 def beyond(prefix: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peftsurgery.errors import ExportError, UnsupportedModel
+from peftsurgery.errors import ExportError, UnsupportedModel, cause
 from peftsurgery.graph import cache, passes, reference, sites, virtual
 from peftsurgery.graph.inputs import as_torch, sample
 from peftsurgery.graph.posture import eager, evaluating
 from peftsurgery.graph.reference import Span
-from peftsurgery.graph.signature import RECORDED, Port, Signature, call, cause
+from peftsurgery.graph.signature import RECORDED, Port, Signature, call
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,14 +28,6 @@ OPSET = 20
 PREFIX = "wrapped."
 Run = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Any]]
 """From a model and its inputs by name to its outputs by name."""
-
-
-class Constant(nn.Module):
-    """The keys and values that one layer of a decoder reads first."""
-
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        super().__init__()
-        self.key, self.value = nn.Buffer(key), nn.Buffer(value)
 
 
 class Flat(nn.Module):
@@ -53,7 +45,7 @@ class Flat(nn.Module):
         self.run = run
         layers = range(len(prefix) // 2)
         self.prefix = nn.ModuleList(
-            Constant(prefix[f"prefix.{i}.key"], prefix[f"prefix.{i}.value"]) for i in layers
+            cache.Constant(prefix[f"prefix.{i}.key"], prefix[f"prefix.{i}.value"]) for i in layers
         )
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -28,12 +28,6 @@ from peftsurgery.graph.signature import (
 )
 
 Array = npt.NDArray[Any]
-TYPES = {
-    "int64": torch.int64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 SHAPES = ((1, 8), (3, 17), (2, 64))
 """Rows and columns of the generated batches."""
 
@@ -47,9 +41,8 @@ def generated(
     size that the model takes, so of a shape only the rows count.
     """
     random = np.random.default_rng(seed)
-    cached = cache.is_cached(port.name for port in signature.inputs)
     for rows, columns in shapes:
-        for past in (0, 4, columns) if cached else (0,):
+        for past in (0, 4, columns) if _is_cached(signature) else (0,):
             yield batch(random, signature, rows, min(columns, _room(signature, columns, past)), past)
 
 
@@ -61,8 +54,7 @@ def batch(
         return {PIXELS: _image(random, signature.inputs[0], rows)}
     total = past + columns
     lengths = np.array([max(1, total - total * row // rows) for row in range(rows)])
-    left = cache.is_cached(port.name for port in signature.inputs)
-    reached = np.arange(total)[::-1] if left else np.arange(total)
+    reached = np.arange(total)[::-1] if _is_cached(signature) else np.arange(total)
     mask = reached < lengths[:, None]
     new = mask[:, past:]
     feed = {
@@ -83,7 +75,11 @@ def as_torch(
     feed: Mapping[str, Array], signature: Signature, device: torch.device | str = "cpu"
 ) -> dict[str, Tensor]:
     """A batch as tensors of the dtypes that the model takes, in the signature's order."""
-    return {p.name: torch.tensor(feed[p.name], device=device).to(TYPES[p.dtype]) for p in signature.inputs}
+    return {p.name: torch.tensor(feed[p.name], device=device).to(p.torch_dtype) for p in signature.inputs}
+
+
+def _is_cached(signature: Signature) -> bool:
+    return cache.is_cached(port.name for port in signature.inputs)
 
 
 def _room(signature: Signature, columns: int, past: int) -> int:
@@ -95,9 +91,9 @@ def _as(array: Array, port: Port) -> Array:
     return array.astype("float32" if port.dtype == "bfloat16" else port.dtype)
 
 
-SIZES = {BATCH: 2, LENGTH: 11, SOURCE: 11, WRITTEN: 3, BEFORE: 5}
 PAST = 5
 """How many tokens a traced decoder has seen."""
+SIZES = {BATCH: 2, LENGTH: 11, SOURCE: 11, WRITTEN: 3, BEFORE: PAST}
 
 
 def sample(signature: Signature) -> dict[str, Array]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from peftsurgery.graph.cache import PAST, PRESENT
 from peftsurgery.graph.inputs import Array
-from peftsurgery.graph.seq2seq import CROSS, DECODER, ENCODER, MASK, OWN, PAST, PRESENT, SINGLE
+from peftsurgery.graph.seq2seq import CROSS, DECODER, ENCODER, MASK, OWN, SINGLE
 from peftsurgery.graph.session import Feeds, Session
 from peftsurgery.graph.signature import TARGET
 
@@ -31,8 +32,6 @@ class Pair:
         self.encoder = Session(encoder, providers, threads=threads)
         self.decoder = Session(decoder, providers, threads=threads)
         self.provider = self.decoder.provider
-        own = [port for port in self.decoder.signature().inputs if _is(port.name, OWN)]
-        self._own = {port.name: ([n for n in port.axes if isinstance(n, int)], port.dtype) for port in own}
 
     def read(self, feeds: Feeds) -> dict[str, Array]:
         """What the decoder needs of the source texts, and an empty past; `input_ids` and `attention_mask` in.
@@ -44,7 +43,8 @@ class Pair:
         rows = len(feeds["input_ids"])
         empty = {
             word: np.zeros((rows, heads, 0, width), dtype)
-            for word, ((heads, width), dtype) in self._own.items()
+            for word, (heads, width, dtype) in self.decoder.past_ports().items()
+            if _is(word, OWN)
         }
         return {
             **crossed,

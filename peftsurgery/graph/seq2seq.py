@@ -6,22 +6,21 @@ computes them, and the decoder's graph serves the first token and every later on
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftsurgery.graph.cache import PARTS, PAST, PRESENT, Constant, joined
 from peftsurgery.graph.posture import evaluating
-from peftsurgery.graph.signature import BATCH, BEFORE, LENGTH, SOURCE, WRITTEN, Port, Signature
+from peftsurgery.graph.signature import BATCH, BEFORE, LENGTH, SOURCE, WRITTEN, Port, Signature, dtype_of
 
 SINGLE, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
 """The names of the files: of a model that is one graph, and of an encoder-decoder."""
-PAST, PRESENT = "past_key_values", "present"
 OWN, CROSS = "decoder", "encoder"
 """Whose keys and values they are: of what the decoder wrote, or of the source text."""
-PARTS = ("key", "value")
 MASK = "encoder_attention_mask"
 INSIDE = "model."
 """What the names of a model's parameters begin with in its halves."""
@@ -87,7 +86,7 @@ def _ports(kind: str, whose: str, given: Sequence[Tensor], length: str) -> tuple
     return tuple(
         Port(
             name(kind, at // 2, whose, PARTS[at % 2]),
-            str(tensor.dtype).removeprefix("torch."),
+            dtype_of(tensor),
             (BATCH, tensor.shape[1], length, tensor.shape[3]),
         )
         for at, tensor in enumerate(given)
@@ -132,7 +131,8 @@ class Writer(Inside):
 
     def __init__(self, model: nn.Module, prefix: Entries = ()) -> None:
         super().__init__(model)
-        self.prefix = nn.ModuleList(Entry(key, value) for key, value in prefix)
+        self.prefix = nn.ModuleList(Constant(key, value) for key, value in prefix)
+        self.count = prefix[0][0].shape[1] if prefix else 0
 
     def forward(self, input_ids: Tensor, encoder_attention_mask: Tensor, **past: Tensor) -> dict[str, Tensor]:
         model: Any = self.model
@@ -148,38 +148,21 @@ class Writer(Inside):
             use_cache=True,
         )
         own = said.past_key_values.self_attention_cache
-        return {"logits": said.logits, **_named(own, OWN, sum(entry.count for entry in self._entries()[:1]))}
-
-    def _entries(self) -> list[Entry]:
-        return [entry for entry in self.prefix if isinstance(entry, Entry)]
+        return {"logits": said.logits, **_named(own, OWN, self.count)}
 
     def _cache(self, past: Mapping[str, Tensor]) -> Any:
         from transformers import DynamicCache, EncoderDecoderCache
 
         layers = range(len(past) // 4)
         own, crossed = ([_pair(past, at, whose) for at in layers] for whose in (OWN, CROSS))
-        if self.prefix:
-            own = [entry.before(*pair) for entry, pair in zip(self._entries(), own, strict=True)]
+        constants: Iterable[Any] = self.prefix
+        for at, entry in enumerate(constants):
+            key, value = own[at]
+            own[at] = joined(entry.key, key), joined(entry.value, value)
         made = EncoderDecoderCache(DynamicCache(own), DynamicCache())
         made.cross_attention_cache = DynamicCache(crossed)
         made.is_updated = dict.fromkeys(layers, True)
         return made
-
-
-class Entry(nn.Module):
-    """The prefix of one layer: (heads, n, head_dim)."""
-
-    def __init__(self, key: Tensor, value: Tensor) -> None:
-        super().__init__()
-        self.key, self.value, self.count = nn.Buffer(key), nn.Buffer(value), key.shape[1]
-
-    def before(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values with the prefix in front of every row's."""
-        rows = key.shape[0]
-        return (
-            torch.cat([self.key.expand(rows, -1, -1, -1), key], 2),
-            torch.cat([self.value.expand(rows, -1, -1, -1), value], 2),
-        )
 
 
 def _pair(past: Mapping[str, Tensor], layer: int, whose: str) -> tuple[Tensor, Tensor]:
@@ -190,5 +173,5 @@ def _named(cache: Any, whose: str, count: int = 0) -> dict[str, Tensor]:
     return {
         name(PRESENT, i, whose, part): tensor[:, :, count:]
         for i, layer in enumerate(cache.layers)
-        for part, tensor in (("key", layer.keys), ("value", layer.values))
+        for part, tensor in zip(PARTS, (layer.keys, layer.values), strict=True)
     }

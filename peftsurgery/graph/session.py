@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,11 @@ class Session:
 
     def past_ports(self) -> dict[str, tuple[int, int, str]]:
         """For each key and value that goes in: its heads, its head width, its dtype."""
+        return self._past
+
+    @cached_property
+    def _past(self) -> dict[str, tuple[int, int, str]]:
+        # Kept, for every step of a text asks for it.
         ports = (_port(port, {}) for port in self._session.get_inputs())
         return {p.name: (int(p.axes[1]), int(p.axes[3]), p.dtype) for p in ports if cache.is_cached([p.name])}
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftsurgery.errors import UnsupportedModel, listing
+from peftsurgery.dtypes import DTYPES
+from peftsurgery.errors import UnsupportedModel, cause, listing
 from peftsurgery.graph import cache
 from peftsurgery.graph.posture import evaluating
 from peftsurgery.tasks import TASKS, Task, task_of
@@ -41,6 +42,8 @@ OUTPUTS: Mapping[str, Mapping[str, bool]] = {
     },
 }
 """For each task, its outputs, and whether there is one for every token."""
+TYPES = {"int64": torch.int64, **DTYPES}
+"""The dtypes of ports by their words."""
 RECORDED = "peftsurgery."
 """How the keys begin under which a graph keeps what its ports do not say."""
 PROBED = 3
@@ -61,6 +64,11 @@ class Port:
     name: str
     dtype: str
     axes: tuple[str | int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its dtype, in torch."""
+        return TYPES[self.dtype]
 
     @property
     def per_token(self) -> bool:
@@ -145,9 +153,9 @@ def _pixels(model: nn.Module) -> tuple[Port, ...]:
     config: Any = model.config
     size = config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = dtype_of(next(p for p in model.parameters() if p.is_floating_point()))
     axes = (BATCH, getattr(config, "num_channels", 3), height, width)
-    return (Port(PIXELS, str(dtype).removeprefix("torch."), axes),)
+    return (Port(PIXELS, dtype, axes),)
 
 
 def _tokens(model: nn.Module, cached: bool) -> tuple[Port, ...]:
@@ -177,14 +185,6 @@ def call(model: nn.Module, feeds: Mapping[str, Tensor]) -> Mapping[str, Any]:
         return {"logits": given["logits"], **cache.named(given["past_key_values"])}
     without = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     return model(**feeds, **without, return_dict=True)  # type: ignore[no-any-return]
-
-
-def cause(error: BaseException) -> str:
-    """The first line of what went wrong first: torch wraps it in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
 
 
 def _config(model: nn.Module) -> Any:
@@ -234,7 +234,7 @@ def _probe(model: nn.Module, ports: tuple[Port, ...], cached: bool) -> Mapping[s
         port.name: torch.full(
             [axis if isinstance(axis, int) else sizes[axis] for axis in port.axes],
             int(port.name != "token_type_ids"),
-            dtype=getattr(torch, port.dtype),
+            dtype=port.torch_dtype,
             device=device,
         )
         for port in ports
@@ -264,12 +264,13 @@ def _cache_ports(given: Mapping[str, Any]) -> tuple[tuple[Port, ...], tuple[Port
     past = cache.named(given["past_key_values"], cache.PAST).items()
     present = cache.named(given["past_key_values"]).items()
     return (
-        tuple(Port(n, _dtype(t), (BATCH, t.shape[1], PAST_LENGTH, t.shape[3])) for n, t in past),
-        tuple(Port(n, _dtype(t), (BATCH, t.shape[1], TOTAL, t.shape[3])) for n, t in present),
+        tuple(Port(n, dtype_of(t), (BATCH, t.shape[1], PAST_LENGTH, t.shape[3])) for n, t in past),
+        tuple(Port(n, dtype_of(t), (BATCH, t.shape[1], TOTAL, t.shape[3])) for n, t in present),
     )
 
 
-def _dtype(tensor: Tensor) -> str:
+def dtype_of(tensor: Tensor) -> str:
+    """A port's word for the dtype of a tensor."""
     return str(tensor.dtype).removeprefix("torch.")
 
 
@@ -284,7 +285,7 @@ def _port(name: str, value: Tensor, dynamic: tuple[str, ...]) -> Port:
     """Where virtual tokens come out too, the axis of the tokens says so: `sequence_length + 20`."""
     lengths = zip(dynamic[1:], value.shape[1:], strict=False)
     named = (f"{axis} + {size - PROBED}" if size > PROBED else axis for axis, size in lengths)
-    return Port(name, _dtype(value), (BATCH, *named, *value.shape[len(dynamic) :]))
+    return Port(name, dtype_of(value), (BATCH, *named, *value.shape[len(dynamic) :]))
 
 
 def _name(model: nn.Module) -> str:

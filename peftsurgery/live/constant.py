@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.live.grafts import Graft
-from peftsurgery.live.tokens import TokenGraft
+from peftsurgery.live.tokens import carriers
 
 
 def keys_and_values(model: nn.Module) -> dict[str, Tensor]:
@@ -22,7 +22,7 @@ def keys_and_values(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         `prefix.<layer>.key` and `.value`, each (key-value heads, n, head width).
     """
-    if not _carriers(model):
+    if not carriers(model):
         return {}
     device = next(model.parameters()).device
     word = torch.ones((1, 1), dtype=torch.int64, device=device)
@@ -39,8 +39,7 @@ def keys_and_values(model: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def silenced(model: nn.Module) -> Iterator[nn.Module]:
     """The model as it reads without its virtual tokens; they work again afterwards."""
-    carriers = _carriers(model)
-    labels = {carrier.label for carrier in carriers}
+    labels = {carrier.label for carrier in carriers(model)}
     worn = [m for m in model.modules() if isinstance(m, Graft) and m.label in labels and m.active]
     for graft in worn:
         graft.active = False
@@ -49,7 +48,3 @@ def silenced(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for graft in worn:
             graft.active = True
-
-
-def _carriers(model: nn.Module) -> list[TokenGraft]:
-    return [module for module in model.modules() if isinstance(module, TokenGraft) and module.active]

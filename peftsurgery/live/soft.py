@@ -15,7 +15,7 @@ from peftsurgery.live.attention import PrefixGraft
 from peftsurgery.live.chart import chart
 from peftsurgery.live.grafts import Graft, Theta
 from peftsurgery.live.swap import Hook
-from peftsurgery.live.tokens import TokenGraft
+from peftsurgery.live.tokens import TokenGraft, carriers
 from peftsurgery.method import TokenMethod
 from peftsurgery.planning import Plan, Step
 from peftsurgery.reading import Reading
@@ -139,8 +139,7 @@ def cached(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
     Empty without a prefix, and for encoders, which keep no cache.
     """
-    carriers = [m for m in model.modules() if isinstance(m, TokenGraft) and m.active]
-    for carrier in carriers:
+    for carrier in carriers(model):
         site, family = _site(model, carrier), body(model).family
         if site.kind is Kind.ATTENTION and family is not Family.ENCODER:
             with torch.no_grad():
@@ -151,8 +150,8 @@ def cached(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 def count(model: nn.Module) -> int:
     """How many positions the virtual tokens on the model take."""
-    carriers = [m for m in model.modules() if isinstance(m, TokenGraft) and m.active]
-    return sum(m.method.num_virtual_tokens for m in carriers if m.reading.position_shift)
+    working = carriers(model)
+    return sum(m.method.num_virtual_tokens for m in working if m.reading.position_shift)
 
 
 def _tokens(model: nn.Module, carrier: TokenGraft) -> dict[str, Tensor]:

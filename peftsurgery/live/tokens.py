@@ -65,6 +65,11 @@ def embedding_at(module: nn.Module, path: str) -> nn.Module:
     return found
 
 
+def carriers(model: nn.Module) -> list[TokenGraft]:
+    """The grafts of the virtual tokens that work on the model."""
+    return [module for module in model.modules() if isinstance(module, TokenGraft) and module.active]
+
+
 def token_graft(module: nn.Module, path: str, label: str) -> TokenGraft:
     """The graft of one adapter at the word embeddings.
 
