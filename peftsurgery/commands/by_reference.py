@@ -101,7 +101,7 @@ def _apart(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
             weights.save(graph, directory, name)
         write_prefix(made, directory / KEPT)
         companions(order, base.model, directory)
-        parity = _compared(order, [directory / name for name in made.graphs], listen)
+        parity = _compared(order, made, [directory / name for name in made.graphs], listen)
         write_json(directory / CERTIFICATE, certificate(base.model, order, parity))
         copied = sum((directory / name).stat().st_size for name, (way, _) in lent.items() if way == "copy")
         written = sum((directory / name).stat().st_size for name in made.graphs) + copied
@@ -121,7 +121,7 @@ def _beside(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
             write_prefix(made, prefix)
         for file, graph in zip(files, made.graphs.values(), strict=True):
             weights.save(graph, path, file.name)
-        parity = _compared(order, files, listen)
+        parity = _compared(order, made, files, listen)
         before = _made(path / CERTIFICATE)
         write_json(said, {**certificate(base.model, order, parity), **({"model": before} if before else {})})
         more = _facts(
@@ -138,12 +138,12 @@ def _made(file: Path) -> Any:
     return said.get("model") if said.get("verb") == "export-onnx" else said
 
 
-def _compared(order: Order, graphs: Sequence[Path], listen: Listener) -> Parity | None:
+def _compared(order: Order, made: Traced, graphs: Sequence[Path], listen: Listener) -> Parity | None:
     listen(Event("export", "verifying", 2, 3))
     if not order.verify:
         return None
     with operated(order.model, *order.worn) as live:
-        return verified(live, order, graphs)
+        return verified(live, order, made, graphs)
 
 
 def _files(graphs: Graphs) -> list[str]:

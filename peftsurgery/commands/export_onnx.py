@@ -11,6 +11,7 @@ from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.by_reference import export_by_reference
 from peftsurgery.commands.exporting import (
     Order,
+    Traced,
     certificate,
     companions,
     report,
@@ -28,8 +29,6 @@ from peftsurgery.reading import AS_PEFT, Reading
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from peftsurgery.graph.signature import Signature
 
 COPY, REFERENCE = "copy", "reference"
 
@@ -118,18 +117,17 @@ def _check_prefix(prefix: str) -> None:
 
 def _export_copy(order: Order, kept: _Weights, listen: Listener) -> Report:
     with staged(order.out) as directory, operated(order.model, *order.worn) as live:
-        files, signature = _write_graphs(order, live, directory, kept, listen)
+        made = _write_graphs(order, live, directory, kept, listen)
         listen(Event("export", "verifying", 2, 3))
-        parity = verified(live, order, files) if order.verify else None
+        files = [directory / name for name in made.graphs]
+        parity = verified(live, order, made, files) if order.verify else None
         write_json(directory / "peftsurgery.json", certificate(live, order, parity))
         nbytes = sum(file.stat().st_size for file in directory.glob("*.onnx*"))
         listen(Event("export", "done", 3, 3))
-        return report(live, order, nbytes, signature, parity)
+        return report(live, order, nbytes, made.signature, parity)
 
 
-def _write_graphs(
-    order: Order, live: nn.Module, directory: Path, kept: _Weights, listen: Listener
-) -> tuple[list[Path], Signature]:
+def _write_graphs(order: Order, live: nn.Module, directory: Path, kept: _Weights, listen: Listener) -> Traced:
     from peftsurgery.graph import weights
 
     listen(Event("export", "tracing", 0, 3))
@@ -141,4 +139,4 @@ def _write_graphs(
         weights.save(graph, directory, name, inline=0 if kept.external else weights.INLINE)
     write_prefix(done, directory / KEPT)
     companions(order, live, directory)
-    return [directory / name for name in done.graphs], done.signature
+    return done

@@ -64,10 +64,16 @@ class Order:
 
 
 class Traced(NamedTuple):
-    """A model's graphs by the names of their files, its signature, and the keys and values of soft prompts apart."""
+    """What a model became.
+
+    Args:
+        graphs: by the names of their files.
+        prefix, apart: a decoder's soft prompts, in the graph or to be fed to it (see `Plain`).
+    """
 
     graphs: Mapping[str, Any]
     signature: Signature
+    prefix: Mapping[str, Tensor]
     apart: Mapping[str, Tensor]
 
 
@@ -84,11 +90,11 @@ def traced(live: nn.Module, order: Order, held: Mapping[str, Span] | None = None
         words = partial(trace, opset=order.opset, tables=tabled, tokens=tokens, held=held)
         if said.task != SEQ2SEQ:
             graph = words(live, said, names=names, prefix=bare.prefix)
-            return Traced({seq2seq.SINGLE: graph}, said, bare.apart)
+            return Traced({seq2seq.SINGLE: graph}, said, bare.prefix, bare.apart)
         inside = partial(_inside, names)
         parts = seq2seq.halves(live, said, soft.cached(live))
         graphs = {p.file: words(p.module, p.signature, names=inside, run=seq2seq.run) for p in parts}
-        return Traced(graphs, said, bare.apart)
+        return Traced(graphs, said, bare.prefix, bare.apart)
 
 
 def _inside(names: Callable[[str], str], full: str) -> str:
@@ -124,7 +130,7 @@ def companions(order: Order, live: nn.Module, directory: Path) -> None:
     write_json(directory / "config.json", config.to_dict())
 
 
-def verified(live: nn.Module, order: Order, graphs: Sequence[Path]) -> Parity:
+def verified(live: nn.Module, order: Order, made: Traced, graphs: Sequence[Path]) -> Parity:
     """The comparison of what is in the files of one model's graphs with the live model.
 
     Raises:
@@ -134,7 +140,7 @@ def verified(live: nn.Module, order: Order, graphs: Sequence[Path]) -> Parity:
     from peftsurgery.graph.pair import opened
 
     dtype = next(live.parameters()).dtype
-    with plain(live, order.task, form=order.prefix) as bare:
+    with plain(live, order.task, {**made.prefix, **made.apart}, form=order.prefix) as bare:
         found = parity.compare(
             opened(graphs),
             parity.torch_runner(live, bare.signature, bare.prefix),

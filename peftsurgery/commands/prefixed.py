@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,13 @@ KEPT = "prefix.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """A model without its soft prompts, and its signature.
+    """The signature of a model without its soft prompts.
 
     Args:
         prefix: what they are to it, where a graph of it holds them.
         apart: the same, where a graph of it is fed them.
     """
 
-    model: nn.Module
     signature: Signature
     prefix: Mapping[str, Tensor]
     apart: Mapping[str, Tensor]
@@ -50,17 +49,15 @@ def plain(
     """For text generation the model without virtual tokens, and these as keys and values; any other as it is.
 
     Args:
-        prefix: the keys and values, where the model has no weights to compute them with.
+        prefix: the keys and values, where they are known, or the model has no weights to compute them with.
     """
     if not generates(live, task):
-        yield Plain(live, signature_of(live, task), {}, {})
+        yield Plain(signature_of(live, task), {}, {})
         return
     found = computed(live) if prefix is None else dict(prefix)
     with silenced(live):
         said = signature_of(live, task)
-        yield (
-            Plain(live, _shortened(said, found), found, {}) if form == BAKED else Plain(live, said, {}, found)
-        )
+        yield Plain(_shortened(said, found), found, {}) if form == BAKED else Plain(said, {}, found)
 
 
 def computed(live: nn.Module) -> dict[str, Tensor]:
@@ -95,18 +92,12 @@ def _shortened(said: Signature, prefix: Mapping[str, Tensor]) -> Signature:
 def _row(live: nn.Module, prefix: Mapping[str, Tensor]) -> Tensor:
     """The logits of one row of words."""
     from peftsurgery.graph import cache
+    from peftsurgery.graph.signature import call
 
-    call: Any = live
-    device = next(live.parameters()).device
-    ids = torch.arange(1, 6, device=device)[None]
-    feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    extra: dict[str, Any] = {}
-    if prefix:
-        pasts = {name.replace(cache.PREFIX, cache.PAST): t[None] for name, t in prefix.items()}
-        feeds["attention_mask"] = torch.ones_like(ids[:, :1]).expand(-1, 5 + cache.count_of(prefix))
-        extra = {"past_key_values": cache.of(pasts)}
-    with torch.no_grad():
-        logits: Tensor = call(**feeds, **extra, use_cache=True, return_dict=True).logits
+    ids = torch.arange(1, 6, device=next(live.parameters()).device)[None]
+    empty = {name.replace(cache.PREFIX, cache.PAST): t[None, :, :0] for name, t in prefix.items()}
+    feeds = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **empty}
+    logits: Tensor = call(live, cache.behind(prefix, feeds))["logits"]
     return logits[:, -5:].float()
 
 
