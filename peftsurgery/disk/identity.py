@@ -11,8 +11,6 @@ from typing import Any
 from peftsurgery.disk.shard import PREFIX
 from peftsurgery.errors import CheckpointError
 
-BLOCK = 1 << 22
-
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -68,8 +66,5 @@ def identify(file: Path, *, full: bool = False) -> Identity:
 
 def file_sha256(file: Path) -> str:
     """The SHA-256 of a whole file, read once and leaving nothing of it in memory."""
-    digest, block = hashlib.sha256(), bytearray(BLOCK)
     with file.open("rb", buffering=0) as handle:
-        while count := handle.readinto(block):
-            digest.update(memoryview(block)[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -136,8 +136,3 @@ def span(piece: Piece, rows: slice) -> tuple[int, int]:
     """Where these rows begin and end in the piece as it is stored in the output, in bytes."""
     wide = piece.row * piece.dtype.itemsize
     return rows.start * wide, rows.stop * wide
-
-
-def total(pieces: Sequence[Piece]) -> int:
-    """The bytes of all of them."""
-    return sum(piece.nbytes for piece in pieces)

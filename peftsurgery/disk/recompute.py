@@ -11,8 +11,9 @@ from torch import Tensor
 from peftsurgery.adapter import Adapter
 from peftsurgery.changes import Change
 from peftsurgery.disk.checkpoint import Checkpoint, Stored, load
+from peftsurgery.disk.pieces import Block, Piece, make
 from peftsurgery.events import Event, Listener, ignore
-from peftsurgery.fold import fold_tile, tiles, touches
+from peftsurgery.fold import tiles, touches
 from peftsurgery.tally import Tally
 
 
@@ -113,21 +114,14 @@ def _all(
 
 
 def _found(name: str, before: Tensor, after: Tensor, changes: Sequence[Change]) -> Found:
-    if not changes:
-        made, told = before.to(after.dtype), Tally()
+    if changes:
+        piece, made = Piece(name, after.dtype, before, tuple(changes)), torch.empty_like(after)
+        told = make(piece, Block(tiles(changes, piece.shape)), before, made, measure=True)
     else:
-        made, told = _made(name, before, after.dtype, changes)
+        made, told = before.to(after.dtype), Tally()
     equal = torch.equal(_bits(made), _bits(after))
     off = 0.0 if equal else float((made.double() - after.double()).abs().max())
     return Found(name, told, equal, off)
-
-
-def _made(name: str, before: Tensor, dtype: torch.dtype, changes: Sequence[Change]) -> tuple[Tensor, Tally]:
-    made, told = torch.empty(before.shape, dtype=dtype), Tally()
-    for rows in tiles(changes, before.shape):
-        here = rows if before.ndim else ...
-        told += fold_tile(name, changes, before[here], rows, made[here], measure=dtype.is_floating_point)
-    return made, told
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -163,10 +163,8 @@ def blocks(stored: Stored) -> Iterator[bytes]:
 
 
 def _described(root: Path, place: Path, held: Sequence[Stored]) -> Patched:
-    name = place.relative_to(root).as_posix()
-    return Patched(
-        name, identify(place).size, identify(place).header_sha256, tuple(s.name for s in held), "0" * 64
-    )
+    name, found = place.relative_to(root).as_posix(), identify(place)
+    return Patched(name, found.size, found.header_sha256, tuple(s.name for s in held), "0" * 64)
 
 
 def _metadata(patched: Sequence[Patched], provenance: str | None) -> dict[str, str]:
