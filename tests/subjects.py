@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -42,6 +43,16 @@ class Subject:
 
     def __str__(self) -> str:
         return self.name
+
+
+def transformer(name: str, words: Mapping[str, Any], spread: float = 0.05) -> nn.Module:
+    """A model of a class of transformers, no weight of it 0 or 1: as fresh, biases and norms would tell nothing."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**words)).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(spread * torch.randn_like(parameter))
+    return model
 
 
 def output(result: Any) -> Tensor:

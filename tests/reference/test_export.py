@@ -13,7 +13,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-import transformers
 from torch import nn
 from transformers import AutoModelForSequenceClassification
 
@@ -26,6 +25,7 @@ from peftsurgery.graph.signature import signature
 from peftsurgery.live.sites import sites as live_sites
 from peftsurgery.live.sites import ties as live_ties
 from peftsurgery.site import Kind
+from tests.subjects import transformer
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 SCRATCH = TemporaryDirectory()
@@ -51,12 +51,7 @@ class Case:
     own: tuple[tuple[str, Any], ...] = ()
 
     def model(self) -> nn.Module:
-        torch.manual_seed(0)
-        cls = getattr(transformers, self.name)
-        model = cls(cls.config_class(**{**SIZES, **dict(self.own)}))
-        for parameter in model.parameters():
-            parameter.data.add_(0.05 * torch.randn_like(parameter))
-        return model
+        return transformer(self.name, {**SIZES, **dict(self.own)})
 
     def __str__(self) -> str:
         return self.name

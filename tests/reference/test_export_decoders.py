@@ -11,7 +11,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from peftsurgery.graph import weights
@@ -19,6 +18,7 @@ from peftsurgery.graph.export import trace
 from peftsurgery.graph.generation import Sampling, steps
 from peftsurgery.graph.session import Session
 from peftsurgery.graph.signature import signature
+from tests.subjects import transformer
 
 SCRATCH = TemporaryDirectory()
 TOLERANCE = 1e-4
@@ -55,18 +55,9 @@ CASES = {
 WITHOUT_POSITIONS = {"BloomForCausalLM"}
 
 
-def model_of(name: str) -> nn.Module:
-    torch.manual_seed(0)
-    cls = getattr(transformers, name)
-    model = cls(cls.config_class(**{**SIZES, **CASES[name]})).eval()
-    for parameter in model.parameters():
-        parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
 @cache
 def exported(name: str) -> tuple[nn.Module, Path]:
-    model = model_of(name)
+    model = transformer(name, {**SIZES, **CASES[name]}, spread=0.1)
     path = Path(mkdtemp(dir=SCRATCH.name)) / "model.onnx"
     weights.save(trace(model, signature(model)), path.parent)
     return model, path

@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-import transformers
 from click.testing import CliRunner
 from torch import nn
 
@@ -20,6 +19,7 @@ from peftsurgery.cli import main
 from peftsurgery.graph.pair import Pair
 from peftsurgery.graph.seq2seq import DECODER, ENCODER
 from peftsurgery.graph.signature import signature
+from tests.subjects import transformer
 
 T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 4}
 LAYERS = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
@@ -34,12 +34,7 @@ class Case:
     sizes: tuple[tuple[str, Any], ...]
 
     def model(self) -> nn.Module:
-        torch.manual_seed(0)
-        cls = getattr(transformers, self.name)
-        model = cls(cls.config_class(**dict(self.sizes))).eval()
-        for parameter in model.parameters():
-            parameter.data.add_(0.05 * torch.randn_like(parameter))
-        return model
+        return transformer(self.name, dict(self.sizes))
 
     def __str__(self) -> str:
         return self.name

@@ -11,12 +11,12 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-import transformers
 from click.testing import CliRunner
 from torch import nn
 
 import peftsurgery as ps
 from peftsurgery.cli import main
+from tests.subjects import transformer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 IMAGE = {**SIZES, "image_size": 8, "patch_size": 4, "num_labels": 5, "projection_dim": 16}
@@ -42,12 +42,7 @@ class Case:
     sizes: tuple[tuple[str, Any], ...] = tuple(IMAGE.items())
 
     def model(self) -> nn.Module:
-        torch.manual_seed(0)
-        cls = getattr(transformers, self.name)
-        model = cls(cls.config_class(**dict(self.sizes))).eval()
-        for parameter in model.parameters():
-            parameter.data.add_(0.05 * torch.randn_like(parameter))
-        return model
+        return transformer(self.name, dict(self.sizes))
 
     def __str__(self) -> str:
         return self.name
