@@ -2,10 +2,10 @@
 
 python -m benchmarks.in_place [ROUNDS]
 
-The checkpoint is Llama-shaped: 3.4 GB of random bf16 in four files, under the directory for temporary files. The
-adapter is a LoRA of rank 16 on q_proj and v_proj. A copy is `cp -r` and `sync`; a merge in place leaves its undo
-file and every patched byte flushed. They take turns, the page cache is warm, and the import of the libraries is
-not counted. Every undoing is checked by the SHA-256 of every file.
+The checkpoint is Llama-shaped, 3.6 GB of random bf16 in four files, under the directory for temporary files; the
+adapter is a LoRA of rank 16 on q_proj and v_proj (benchmarks.checkpoints makes both). A copy is `cp -r` and `sync`;
+a merge in place leaves its undo file and every patched byte flushed. They take turns, the page cache is warm, and
+the import of the libraries is not counted. Every undoing is checked by the SHA-256 of every file.
 """
 
 from __future__ import annotations
@@ -24,56 +24,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import peftsurgery as ps
+from benchmarks.checkpoints import build
 
-CONFIG = LlamaConfig(
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=24,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-    tie_word_embeddings=True,
-    architectures=["LlamaForCausalLM"],
-    dtype="bfloat16",
-)
-FILES, BAR = 4, 0.4
+GIGABYTES, BAR = 3.6, 0.4
 RESULTS = Path(__file__).parent / "results" / "in_place.json"
-
-
-def write_model(path: Path) -> torch.nn.Module:
-    """Random weights in files of about the same size; the model on the meta device."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.bfloat16)
-    path.mkdir()
-    CONFIG.save_pretrained(path)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    places, names = {}, list(shapes)
-    for number in range(FILES):
-        file = f"model-{number + 1:05}-of-{FILES:05}.safetensors"
-        held = names[number * len(names) // FILES : (number + 1) * len(names) // FILES]
-        save_file({name: randomly(shapes[name]) for name in held}, path / file, metadata={"format": "pt"})
-        places.update(dict.fromkeys(held, file))
-    index = {"metadata": {}, "weight_map": places}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    return model
-
-
-def randomly(shape: torch.Size) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
-
-
-def write_adapter(model: torch.nn.Module, path: Path) -> None:
-    adapter = ps.remove(ps.inject(model, ps.LoRA(r=16, lora_alpha=32), "q_proj,v_proj"))
-    params = {
-        site: {name: torch.randn(p.shape) * 0.02 for name, p in held.items()}
-        for site, held in adapter.params.items()
-    }
-    ps.save_adapter(ps.Adapter(adapter.plan, params), path)
 
 
 def digests(path: Path) -> dict[str, str]:
@@ -98,8 +54,8 @@ def copied(model: Path, out: Path) -> None:
 
 def race(room: Path, rounds: int) -> dict[str, list[float]]:
     """Each in turn; the first turn warms up and is not counted."""
-    model, adapter, undo, out = (room / name for name in ("model", "adapter", "model.undo", "copy"))
-    write_adapter(write_model(model), adapter)
+    build(room, GIGABYTES)
+    model, adapter, undo, out = (room / name for name in ("base", "q,v", "model.undo", "copy"))
     before, spent = digests(model), {"cp": [], "merge in place": [], "unmerge": []}
     for _ in range(rounds + 1):
         spent["cp"].append(seconds(lambda: copied(model, out)))
