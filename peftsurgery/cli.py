@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from peftsurgery import __version__
-from peftsurgery.errors import SurgeryError
+from peftsurgery.errors import ParityError, SurgeryError
 from peftsurgery.flags import (
     READINGS,
     SETTINGS,
+    comparing_options,
     export_options,
     merge_options,
     reading_options,
@@ -24,7 +25,7 @@ from peftsurgery.flags import (
     writing_options,
 )
 
-EXIT_FAILED = 1
+EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 class Group(click.Group):
@@ -71,8 +72,12 @@ def chosen_reading(options: dict[str, Any]) -> Callable[[], Any]:
     return make
 
 
-def run(shown: Mapping[str, Any], call: Callable[..., Any]) -> None:
-    """Call a command with a progress bar, show its report, and turn its errors into exit codes."""
+def run(shown: Mapping[str, Any], call: Callable[..., Any], *, bad_input: int = EXIT_FAILED) -> None:
+    """Call a command with a progress bar, show its report, and turn its errors into exit codes.
+
+    Args:
+        bad_input: the code of every error but a comparison's, where a script has to tell them apart.
+    """
     from peftsurgery.progress import bars
 
     try:
@@ -81,11 +86,19 @@ def run(shown: Mapping[str, Any], call: Callable[..., Any]) -> None:
     except SurgeryError as error:
         if shown["verbose"]:
             raise
+        report = error.report if isinstance(error, ParityError) else None
+        if report is not None:
+            show(shown, report)
         click.echo(f"Error: {error}", err=True)
-        sys.exit(EXIT_FAILED)
+        sys.exit(EXIT_FAILED if isinstance(error, ParityError) else bad_input)
     except KeyboardInterrupt:
         click.echo("Interrupted; inputs are untouched and nothing was left behind.", err=True)
         sys.exit(EXIT_FAILED)
+    show(shown, report)
+
+
+def show(shown: Mapping[str, Any], report: Any) -> None:
+    """Print a report in the form that was asked for."""
     if shown["as_json"]:
         click.echo(report.to_json())
     elif not shown["quiet"]:
@@ -270,23 +283,13 @@ def generate_command(**options: Any) -> None:
 
 @main.command("verify")
 @click.argument("model")
-@click.option("--against", required=True, help="What it should equal: a model directory.")
-@click.option(
-    "--adapter", "adapters", multiple=True, help="An adapter on the model of --against. Repeatable."
-)
-@click.option(
-    "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
-)
-@click.option("--task", help="The task, where the checkpoint does not say it.")
-@click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32.")
-@click.option("--bits", is_flag=True, help="Run nothing: make every tensor of a merged checkpoint again.")
-@click.option("--sample", type=int, help="Like --bits, for so many touched and so many other tensors.")
+@comparing_options
 @reading_options
 @trust_options
 @report_options
 def verify_command(**options: Any) -> None:
-    """Run two models on the same inputs and compare; exit code 1 when they differ."""
+    """Run two models on the same inputs and compare; exit code 1 when they differ, 2 when they cannot be compared."""
     from peftsurgery.commands.verify import verify
 
     flags, said = shown(options), chosen_reading(options)
-    run(flags, lambda listen: verify(listen=listen, reading=said(), **options))
+    run(flags, lambda listen: verify(listen=listen, reading=said(), **options), bad_input=EXIT_USAGE)

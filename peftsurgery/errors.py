@@ -151,10 +151,13 @@ class UnsupportedModel(ExportError):
 
 
 class ParityError(ExportError):
-    """What runs is not what was trained."""
+    """What runs is not what was trained; `verify` has its whole report at `report`."""
 
-    def __init__(self, message: str, *, max_abs_diff: float, tolerance: float, output: str) -> None:
+    def __init__(
+        self, message: str, *, max_abs_diff: float, tolerance: float, output: str, report: object = None
+    ) -> None:
         super().__init__(message)
+        self.report = report
         self.max_abs_diff = max_abs_diff
         self.tolerance = tolerance
         self.output = output

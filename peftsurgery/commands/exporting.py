@@ -205,9 +205,11 @@ def parity_table(parity: Parity) -> list[tuple[str, ...]]:
         key = (output, f"{row.batch} × {row.length}" + (f" after {row.past}" if row.past else ""))
         if key not in worst or row.max_abs_diff > worst[key].max_abs_diff:
             worst[key] = row
-    rows = [(*key, f"{row.max_abs_diff:.1e}", _share(row.top1_agreement)) for key, row in worst.items()]
-    return [("output", "batch × length", "max |difference|", "same top-1"), *rows]
+    rows = [(*key, *_figures(row)) for key, row in worst.items()]
+    return [("output", "batch × length", "max |difference|", "mean", "same top-1", "KL"), *rows]
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
+def _figures(row: Row) -> tuple[str, ...]:
+    decides = row.top1_agreement is not None and row.kl is not None
+    decided = (f"{row.top1_agreement:.0%}", f"{row.kl:.1e}") if decides else ("", "")
+    return f"{row.max_abs_diff:.1e}", f"{row.mean_abs_diff:.1e}", *decided

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from peftsurgery.adapter import Adapter, check
+from peftsurgery.adapter import check
+from peftsurgery.commands import texts as spoken
 from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.exporting import parity_table
-from peftsurgery.commands.operating import loaded, operated
-from peftsurgery.commands.prefixed import plain
 from peftsurgery.commands.report import Report
-from peftsurgery.disk.checkpoint import INDEX, SINGLE
-from peftsurgery.errors import PlanError
+from peftsurgery.commands.sides import (
+    Side,
+    Worn,
+    graphs_of,
+    holds_checkpoint,
+    opened_graph,
+    opened_model,
+)
+from peftsurgery.errors import ParityError, PlanError, listing
 from peftsurgery.events import Event, Listener, ignore
 from peftsurgery.reading import AS_PEFT, Reading
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from peftsurgery.graph.parity import Parity, Runner
+    from peftsurgery.graph.greedy import Agreement
+    from peftsurgery.graph.parity import Parity
     from peftsurgery.graph.signature import Signature
 
 
@@ -34,6 +41,8 @@ def verify(
     weight: Sequence[float] = (),
     task: str | None = None,
     tolerance: float | None = None,
+    texts: str | Path | None = None,
+    new_tokens: int = 16,
     bits: bool = False,
     sample: int | None = None,
     reading: Reading = AS_PEFT,
@@ -41,45 +50,38 @@ def verify(
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Report:
-    """Run two models on the same inputs, several batches and lengths, padded ones too, and compare.
+    """Run two models on the same inputs and compare: texts, and random tokens of several batches and lengths, padded.
 
-    Outputs per token are compared where tokens are attended.
+    Either may be a live module, a model directory, an export's directory or an `.onnx` file. Of a directory that holds
+    both, `model` means the graph and `against` the checkpoint. Outputs per token are compared where tokens are
+    attended. What writes text also goes on with the texts, always by the likeliest token; how many of those agree is
+    told and is no reason to fail, for where two tokens are as likely the dtype's rounding chooses.
 
     Args:
-        model: a live module, a model directory, an export's directory, or an `.onnx` file.
-        against: what it should equal: a live module or a model directory.
-        adapters: what `against` wears; grafted, not merged.
+        against: what `model` should equal.
+        adapters: what `against` wears, or `model` where `against` is a graph; grafted, not merged.
         weight: a factor for each adapter's effect.
         task: the task, where the files do not say it.
         tolerance: the largest absolute difference allowed; by default that of the wider-rounding dtype.
+        texts: a file, one text a line; without it a few built-in ones, where a model brings a tokenizer.
+        new_tokens: how many tokens are written.
         bits: run nothing; make every tensor of a merged checkpoint again from base and adapters, and compare bits.
         sample: with `bits`, how many touched and how many other tensors to compare; all by default.
-        reading: how `against` reads virtual tokens, where it is not as in PEFT.
+        reading: how virtual tokens are read, where it is not as in PEFT.
 
     Raises:
-        ParityError: they differ by more; it says at which output and by how much.
-        PlanError: `against` is a graph, or `bits` are asked of what is no checkpoint.
+        ParityError: they differ by more; it says at which output and by how much, and has the report.
+        PlanError: adapters between two graphs, models that take different inputs, texts that cannot be read,
+            or `bits` are asked of what is no checkpoint.
     """
     if bits or sample is not None:
         return _bits(model, against, adapters, weight, task, sample, allow_pickle, trust_remote_code, listen)
-    from peftsurgery.graph import parity
-
-    if _graphs(against) and not _checkpoint(against):
-        raise PlanError(
-            f"{against} is a graph; the reference of a comparison is a torch model. Swap the two: "
-            f"`peftsurgery verify {against} --against MODEL`."
-        )
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
     listen(Event("verify", "loading", 0, 2))
-    worn = (given, task, trust_remote_code, reading)
-    found = parity.check(_compared(model, against, worn, tolerance, listen))
-    facts = {
-        "model": _said(model),
-        "against": _said(against),
-        "provider": found.provider,
-        "parity": found.to_dict(),
-    }
-    return Report("verify", f"They agree: {found}.", facts, parity_table(found))
+    worn = Worn(given, task, trust_remote_code, reading)
+    with _sides(model, against, worn) as (left, right):
+        listen(Event("verify", "comparing", 1, 2))
+        return _judged(left, right, *_compared(left, right, tolerance, texts, new_tokens))
 
 
 def _bits(
@@ -109,56 +111,103 @@ def _bits(
     )
 
 
+@contextmanager
+def _sides(
+    model: nn.Module | str | Path, against: nn.Module | str | Path, worn: Worn
+) -> Iterator[tuple[Side, Side]]:
+    """Both, opened; what `against` is for is what `model` is loaded for."""
+    graph = graphs_of(model)
+    if holds_checkpoint(against) or not graphs_of(against):
+        with opened_model(against, worn) as right:
+            bare = replace(worn, adapters=[], task=right.signature.task, reading=AS_PEFT)
+            with _opened(model, bare, bool(graph)) as left:
+                yield left, right
+        return
+    assert isinstance(against, str | Path)
+    if graph and worn.adapters:
+        raise PlanError(
+            f"{model} and {against} are graphs, which no adapter goes on. Compare with the model that wears it: "
+            f"`peftsurgery verify {model} --against MODEL --adapter ADAPTER`."
+        )
+    right = opened_graph(against)
+    with _opened(model, replace(worn, task=worn.task or right.signature.task or None), bool(graph)) as left:
+        yield left, right
+
+
+@contextmanager
+def _opened(model: nn.Module | str | Path, worn: Worn, is_graph: bool) -> Iterator[Side]:
+    if is_graph:
+        assert isinstance(model, str | Path)
+        yield opened_graph(model)
+        return
+    with opened_model(model, worn) as side:
+        yield side
+
+
 def _compared(
-    model: nn.Module | str | Path,
-    against: nn.Module | str | Path,
-    worn: tuple[list[Adapter], str | None, bool, Reading],
-    tolerance: float | None,
-    listen: Listener,
-) -> Parity:
+    left: Side, right: Side, tolerance: float | None, texts: str | Path | None, new_tokens: int
+) -> tuple[Parity, Agreement | None, int]:
+    """The comparison, how far both write the same, and on how many texts."""
+    from peftsurgery.graph import parity
+    from peftsurgery.graph.inputs import of_tokens
+
+    said = _shared(left, right)
+    homes = dict.fromkeys(side.home for side in (right, left) if side.home is not None)
+    rows = spoken.rows(texts, homes, said.vocab_size)
+    widest = max(parity.tolerance(side.dtype) for side in (left, right))
+    found = parity.compare(
+        left.run,
+        right.run,
+        said,
+        batches=[of_tokens(said, batch) for batch in spoken.batches(rows)],
+        tolerance=widest if tolerance is None else tolerance,
+    )
+    return found, _written(left, right, said, rows, new_tokens), len(rows)
+
+
+def _shared(left: Side, right: Side) -> Signature:
+    """The signature to compare by: that of `against`, unless only `model` is a torch model, which says more."""
+    said, other = (left, right) if right.live is None and left.live is not None else (right, left)
+    names, others = ({port.name for port in side.signature.inputs} for side in (said, other))
+    if not others <= names:
+        raise PlanError(
+            f"{other.name} takes {listing(sorted(others - names))} and {said.name} does not. "
+            "Compare models of one architecture and one task."
+        )
+    return said.signature
+
+
+def _written(
+    left: Side, right: Side, said: Signature, rows: list[list[int]], new_tokens: int
+) -> Agreement | None:
+    from peftsurgery.graph import greedy
+    from peftsurgery.graph.inputs import generated, tokens_of
+
+    if said.task not in greedy.WRITES or new_tokens < 1:
+        return None
+    prompts = rows[: spoken.TOGETHER] or tokens_of(next(generated(said, [(3, 8)])))
+    return greedy.agreement(left.run, right.run, said, prompts, new_tokens)
+
+
+def _judged(left: Side, right: Side, found: Parity, wrote: Agreement | None, count: int) -> Report:
+    """The report, or the error that has it."""
     from peftsurgery.graph import parity
 
-    given, task, trust_remote_code, reading = worn
-    with (
-        operated(against, given, True, task, trust_remote_code, reading) as reference,
-        plain(reference, task) as bare,
-    ):
-        said, dtype = bare.signature, _dtype(reference)
-        runner, other = _runner(model, said, trust_remote_code)
-        widest = max(parity.tolerance(dtype), parity.tolerance(other))
-        allowed = widest if tolerance is None else tolerance
-        listen(Event("verify", "comparing", 1, 2))
-        right = parity.torch_runner(reference, said, bare.prefix)
-        return parity.compare(runner, right, said, tolerance=allowed)
-
-
-def _runner(model: nn.Module | str | Path, said: Signature, trust: bool) -> tuple[Runner, torch.dtype]:
-    """What runs `model`, and the dtype it computes in."""
-    from peftsurgery.graph import parity
-    from peftsurgery.graph.pair import opened
-
-    graphs = _graphs(model)
-    if graphs:
-        return opened(graphs), torch.float32
-    live = loaded(model, [], said.task, trust) if isinstance(model, str | Path) else model
-    return parity.torch_runner(live, said), _dtype(live)
-
-
-def _graphs(model: nn.Module | str | Path) -> tuple[Path, ...]:
-    """The `.onnx` files that `model` is, or holds."""
-    from peftsurgery.graph.pair import graphs
-
-    return graphs(Path(model)) if isinstance(model, str | Path) else ()
-
-
-def _checkpoint(model: nn.Module | str | Path) -> bool:
-    """Whether a directory holds a checkpoint, be there a graph beside it or not."""
-    return isinstance(model, str | Path) and any((Path(model) / name).is_file() for name in (SINGLE, INDEX))
-
-
-def _dtype(live: nn.Module) -> torch.dtype:
-    return next(p.dtype for p in live.parameters() if p.is_floating_point())
-
-
-def _said(model: nn.Module | str | Path) -> str:
-    return str(model) if isinstance(model, str | Path) else type(model).__name__
+    facts = {
+        "model": left.name,
+        "against": right.name,
+        "provider": found.provider,
+        "dtypes": [str(side.dtype).removeprefix("torch.") for side in (left, right)],
+        "tolerance": found.tolerance,
+        "texts": count,
+        "kl": found.kl,
+        "greedy": None if wrote is None else str(wrote),
+        "written": None if wrote is None else asdict(wrote),
+        "parity": found.to_dict(),
+    }
+    try:
+        parity.check(found)
+    except ParityError as error:
+        error.report = Report("verify", f"They differ: {found}.", facts, parity_table(found))
+        raise
+    return Report("verify", f"They agree: {found}.", facts, parity_table(found))

@@ -53,21 +53,54 @@ def batch(
     if signature.inputs[0].name == PIXELS:
         return {PIXELS: _image(random, signature.inputs[0], rows)}
     total = past + columns
-    lengths = np.array([max(1, total - total * row // rows) for row in range(rows)])
-    reached = np.arange(total)[::-1] if _is_cached(signature) else np.arange(total)
-    mask = reached < lengths[:, None]
+    mask = _mask(signature, [max(1, total - total * row // rows) for row in range(rows)])
     new = mask[:, past:]
-    feed = {
+    made = {
         "input_ids": np.where(new, _tokens(random, signature, new.shape), signature.pad_id),
-        "attention_mask": mask,
-        "position_ids": np.maximum(mask.cumsum(1) - 1, 0)[:, past:],
         "token_type_ids": new * random.integers(0, max(1, signature.type_vocab_size), new.shape),
         TARGET: _tokens(random, signature, (rows, columns // 2 + 1)),
     }
     for port in signature.inputs:
         if cache.is_cached([port.name]):
             heads, width = int(port.axes[1]), int(port.axes[3])
-            feed[port.name] = random.standard_normal((rows, heads, past, width))
+            made[port.name] = random.standard_normal((rows, heads, past, width))
+    return _feed(signature, mask, made, past)
+
+
+def of_tokens(signature: Signature, rows: Sequence[Sequence[int]]) -> dict[str, Array]:
+    """Texts as one batch, padded; a decoder reads them as fresh ones, an encoder-decoder writes the first half.
+
+    What is beyond the longest input is left off.
+    """
+    kept = [list(row)[: signature.longest or None] for row in rows]
+    mask = _mask(signature, [len(row) for row in kept])
+    ids: Array = np.full(mask.shape, signature.pad_id)
+    ids[mask] = np.concatenate(kept)
+    made = {"input_ids": ids, "token_type_ids": np.zeros_like(ids), TARGET: ids[:, : ids.shape[1] // 2 + 1]}
+    for port in signature.inputs:
+        if cache.is_cached([port.name]):
+            made[port.name] = np.zeros((len(kept), int(port.axes[1]), 0, int(port.axes[3])))
+    return _feed(signature, mask, made)
+
+
+def tokens_of(feed: Mapping[str, Array]) -> list[list[int]]:
+    """The texts of a batch without a past, each without its padding."""
+    kept = zip(feed["input_ids"], feed["attention_mask"].astype(bool), strict=True)
+    return [ids[mask].tolist() for ids, mask in kept]
+
+
+def _mask(signature: Signature, lengths: Sequence[int]) -> Array:
+    """True for the tokens of texts so long; a decoder's are padded on the left, others' on the right."""
+    columns = np.arange(max(lengths))
+    reached = columns[::-1] if _is_cached(signature) else columns
+    mask: Array = reached < np.array(lengths)[:, None]
+    return mask
+
+
+def _feed(signature: Signature, mask: Array, made: Mapping[str, Array], past: int = 0) -> dict[str, Array]:
+    """A batch in the signature's order, with the mask and positions that its tokens have."""
+    positions = np.maximum(mask.cumsum(1) - 1, 0)[:, past:]
+    feed = {**made, "attention_mask": mask, "position_ids": positions}
     return {port.name: _as(feed[port.name], port) for port in signature.inputs}
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +13,7 @@ from peftsurgery.graph.cache import PAST, PRESENT
 from peftsurgery.graph.inputs import Array
 from peftsurgery.graph.seq2seq import CROSS, DECODER, ENCODER, MASK, OWN, SINGLE
 from peftsurgery.graph.session import Feeds, Session
-from peftsurgery.graph.signature import TARGET
+from peftsurgery.graph.signature import BATCH, TARGET, WRITTEN, Port, Signature
 
 
 class Pair:
@@ -69,6 +71,17 @@ class Pair:
             "encoder_last_hidden_state": state["last_hidden_state"],
             "logits": np.concatenate([first, *rest], axis=1),
         }
+
+    def signature(self, config: Mapping[str, Any] | None = None) -> Signature:
+        """What the two say of themselves as one model (see `Session.signature`)."""
+        reads, writes = self.encoder.signature(config), self.decoder.signature(config)
+        hidden = next(port for port in reads.outputs if port.name == "last_hidden_state")
+        logits = next(port for port in writes.outputs if port.name == "logits")
+        return replace(
+            reads,
+            inputs=(*reads.inputs, Port(TARGET, "int64", (BATCH, WRITTEN))),
+            outputs=(replace(hidden, name="encoder_last_hidden_state"), logits),
+        )
 
     def __call__(self, feeds: Feeds) -> dict[str, Array]:
         return self.run(feeds)

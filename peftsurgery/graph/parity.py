@@ -27,10 +27,12 @@ class Row:
 
     Args:
         length: how many tokens a row has, or an image's width in pixels.
-        past: how many tokens were seen before.
         max_abs_diff, mean_abs_diff: over the attended positions; infinite where only one side is finite,
             or where an output is missing or has another shape.
         top1_agreement: share of equal decisions, where the output decides something.
+        past: how many tokens were seen before.
+        kl: the mean Kullback-Leibler divergence of the first's probabilities from the reference's, in nats, where
+            the output decides something.
     """
 
     output: str
@@ -40,6 +42,7 @@ class Row:
     mean_abs_diff: float
     top1_agreement: float | None
     past: int = 0
+    kl: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +76,16 @@ class Parity:
         shares = [row.top1_agreement for row in self.rows if row.top1_agreement is not None]
         return min(shares) if shares else None
 
+    @property
+    def kl(self) -> float | None:
+        found = [row.kl for row in self.rows if row.kl is not None]
+        return max(found) if found else None
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON values."""
         summary = {
             name: getattr(self, name)
-            for name in ("max_abs_diff", "mean_abs_diff", "top1_agreement", "tolerance", "provider")
+            for name in ("max_abs_diff", "mean_abs_diff", "top1_agreement", "kl", "tolerance", "provider")
         }
         return {**summary, "rows": [asdict(row) for row in self.rows]}
 
@@ -168,8 +176,8 @@ def _rows(
             a, b = (np.moveaxis(side, port.token_axis, 1) for side in (a, b))
         seen = _fitted(mask, a) if port.per_token else mask
         apart = _apart(a, b)[seen] if port.per_token else _apart(a, b)
-        top1 = _top1(a, b, port, seen)
-        yield Row(port.name, batch, length, float(apart.max()), float(apart.mean()), top1, past)
+        top1, kl = _decided(a, b, port, seen)
+        yield Row(port.name, batch, length, float(apart.max()), float(apart.mean()), top1, past, kl)
 
 
 def _fitted(mask: Array, output: Array) -> Array:
@@ -186,11 +194,19 @@ def _apart(a: Array, b: Array) -> Array:
     return apart
 
 
-def _top1(a: Array, b: Array, port: Port, mask: Array) -> float | None:
+def _decided(a: Array, b: Array, port: Port, mask: Array) -> tuple[float | None, float | None]:
+    """Top-1 agreement and divergence of scores; along the attended tokens where one of them is chosen."""
     if port.name not in SCORED or a.shape[-1] < 2:
-        return None
+        return None, None
     if len(port.axes) == 2 and port.per_token:
         a, b = np.where(mask, a, -np.inf), np.where(mask, b, -np.inf)
-        return float((a.argmax(-1) == b.argmax(-1)).mean())
-    same = a.argmax(-1) == b.argmax(-1)
-    return float((same[mask] if port.per_token else same).mean())
+    elif port.per_token:
+        a, b = a[mask], b[mask]
+    return float((a.argmax(-1) == b.argmax(-1)).mean()), _divergence(a, b)
+
+
+def _divergence(found: Array, expected: Array) -> float:
+    """KL(expected ‖ found) of the softmax over the last axis, the mean over the others; infinite where not finite."""
+    q, p = (torch.log_softmax(torch.from_numpy(side), -1) for side in (found, expected))
+    apart = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).mean()
+    return float(apart.clamp(min=0)) if bool(apart.isfinite()) else float("inf")

@@ -1,0 +1,116 @@
+"""What can be compared, opened: a live model or a checkpoint in torch, with adapters, or a graph in ONNX Runtime."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from peftsurgery.adapter import Adapter
+from peftsurgery.commands.operating import operated
+from peftsurgery.commands.prefixed import plain
+from peftsurgery.disk.checkpoint import INDEX, SINGLE
+from peftsurgery.disk.locate import locate
+from peftsurgery.reading import Reading
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftsurgery.graph.parity import Runner
+    from peftsurgery.graph.signature import Signature
+
+
+@dataclass(frozen=True, slots=True)
+class Worn:
+    """What a model is opened with.
+
+    Args:
+        adapters: grafted, not merged.
+        reading: how virtual tokens are read.
+    """
+
+    adapters: list[Adapter]
+    task: str | None
+    trust_remote_code: bool
+    reading: Reading
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of two models that are compared.
+
+    Args:
+        name: what to call it.
+        run: from inputs by name to outputs by name.
+        signature: its inputs and outputs.
+        dtype: what it computes in.
+        home: the directory that it comes from, where a tokenizer may be.
+        live: the module, where it is one.
+    """
+
+    name: str
+    run: Runner
+    signature: Signature
+    dtype: torch.dtype
+    home: Path | None
+    live: nn.Module | None = None
+
+
+def graphs_of(model: nn.Module | str | Path) -> tuple[Path, ...]:
+    """The `.onnx` files that `model` is, or holds."""
+    from peftsurgery.graph.pair import graphs
+
+    return graphs(Path(model)) if isinstance(model, str | Path) else ()
+
+
+def holds_checkpoint(model: nn.Module | str | Path) -> bool:
+    """Whether a directory holds a checkpoint, be there a graph beside it or not."""
+    return isinstance(model, str | Path) and any((Path(model) / name).is_file() for name in (SINGLE, INDEX))
+
+
+@contextmanager
+def opened_model(model: nn.Module | str | Path, worn: Worn) -> Iterator[Side]:
+    """A live model or a model directory as a side; a live one is as before afterwards.
+
+    Raises:
+        UnsupportedModel, PlanError, AdapterError, CheckpointError.
+    """
+    from peftsurgery.graph import parity
+
+    words = worn.adapters, True, worn.task, worn.trust_remote_code, worn.reading
+    with operated(model, *words) as live, plain(live, worn.task) as bare:
+        dtype = next(p.dtype for p in live.parameters() if p.is_floating_point())
+        run = parity.torch_runner(live, bare.signature, bare.prefix)
+        home = locate(model) if isinstance(model, str | Path) else None
+        name = str(model) if isinstance(model, str | Path) else type(model).__name__
+        yield Side(name, run, bare.signature, dtype, home, live)
+
+
+def opened_graph(model: str | Path) -> Side:
+    """A graph, or the two of an encoder-decoder, as a side.
+
+    Raises:
+        ExportError: ONNX Runtime refuses it, or it does not say what its inputs are.
+    """
+    from peftsurgery.graph.pair import opened
+
+    files = graphs_of(model)
+    session = opened(files)
+    said = session.signature(_config(files[0].parent))
+    return Side(str(model), session, said, _dtype(said), files[0].parent)
+
+
+def _config(directory: Path) -> Mapping[str, Any]:
+    file = directory / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _dtype(said: Signature) -> torch.dtype:
+    """The coarsest dtype of what comes out of a graph."""
+    floats = [port.torch_dtype for port in said.outputs if port.torch_dtype.is_floating_point]
+    return max(floats, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
