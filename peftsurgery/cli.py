@@ -10,20 +10,12 @@ import click
 
 from peftsurgery import __version__
 from peftsurgery.errors import ParityError, SurgeryError
-from peftsurgery.flags import (
-    READINGS,
-    SETTINGS,
-    comparing_options,
-    export_options,
-    merge_options,
-    reading_options,
-    report_options,
-    setting_options,
-    soft_options,
-    trust_options,
-    word_options,
-    writing_options,
-)
+from peftsurgery.flags.chosen import chosen_method, chosen_reading
+from peftsurgery.flags.common import reading_options, report_options, trust_options
+from peftsurgery.flags.comparing import comparing_options
+from peftsurgery.flags.exporting import export_options, writing_options
+from peftsurgery.flags.merging import merge_options
+from peftsurgery.flags.tuning import setting_options, soft_options, word_options
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -39,37 +31,6 @@ class Group(click.Group):
 @click.version_option(__version__, prog_name="peftsurgery")
 def main() -> None:
     """The operating table for models with parameter-efficient adapters."""
-
-
-def chosen_method(options: dict[str, Any], *, needed: bool = True) -> Callable[[], Any]:
-    """Take what says a method out of the options; called, it makes the method, or None of no words."""
-    common = {name: options.pop(name, None) for name in SETTINGS}
-    common["prefix_projection"] = common["prefix_projection"] or None
-    settings, word, config = options.pop("settings"), options.pop("method"), options.pop("config", None)
-    if common["prompt_tuning_init_text"] is not None and word != "hard-prompt":
-        common["prompt_tuning_init"] = "TEXT"
-    if common["encoder_reparameterization_type"] is not None:
-        common["encoder_reparameterization_type"] = common["encoder_reparameterization_type"].upper()
-
-    def make() -> Any:
-        from peftsurgery.commands.words import method_named
-
-        said = needed or settings or any(value is not None for value in common.values())
-        return method_named(word, settings, common, config) if said else None
-
-    return make
-
-
-def chosen_reading(options: dict[str, Any]) -> Callable[[], Any]:
-    """Take what says a reading of virtual tokens out of the options; called, it makes the reading."""
-    words = {name: options.pop(name) for name in READINGS}
-
-    def make() -> Any:
-        from peftsurgery.commands.words import Reading
-
-        return Reading(**words)
-
-    return make
 
 
 def run(shown: Mapping[str, Any], call: Callable[..., Any], *, bad_input: int = EXIT_FAILED) -> None:

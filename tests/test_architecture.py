@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peftsurgery"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-GROUPS = ("methods", "live", "disk", "graph", "commands", "cli")
+GROUPS = ("methods", "live", "disk", "graph", "commands", "flags", "cli")
 ALLOWED = {
     "root": {"root"},
     "methods": {"root", "methods"},
@@ -24,6 +24,7 @@ ALLOWED = {
     "disk": {"root", "disk"},
     "graph": {"root", "graph"},
     "commands": {"root", "methods", "live", "disk", "graph", "commands"},
+    "flags": {"commands", "flags"},
     "cli": {"commands", "errors", "events", "flags", "progress"},
     "__main__": {"cli"},
 }

@@ -8,7 +8,8 @@ import pytest
 
 import peftsurgery as ps
 from peftsurgery.cli import main
-from peftsurgery.flags import READINGS, SETTINGS
+from peftsurgery.flags.common import READINGS
+from peftsurgery.flags.tuning import SETTINGS
 
 SHOWING = {"verbose", "quiet", "as_json"}
 SAYING_A_METHOD = {"settings", "config", *SETTINGS}

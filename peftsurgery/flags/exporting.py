@@ -1,0 +1,104 @@
+"""The options of exports, and of writing with them."""
+
+from __future__ import annotations
+
+import click
+
+from peftsurgery.flags.together import together
+
+export_options = together(
+    click.option("--adapter", "adapters", multiple=True, help="An adapter to export with it. Repeatable."),
+    click.option("-o", "--out", type=click.Path(), required=True, help="The directory to write."),
+    click.option(
+        "--factored",
+        is_flag=True,
+        help="Keep the adapter's factors in the graph instead of merging them.",
+    ),
+    click.option(
+        "--weight",
+        type=float,
+        multiple=True,
+        help="A factor for each adapter's effect, in their order.",
+    ),
+    click.option("--task", help="The task, e.g. seq-cls, where the checkpoint does not say it."),
+    click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset."),
+    click.option(
+        "--no-verify",
+        "verify",
+        is_flag=True,
+        default=True,
+        flag_value=False,
+        help="Do not compare with torch.",
+    ),
+    click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32."),
+    click.option(
+        "--external-weights",
+        is_flag=True,
+        help="Keep the weights in model.onnx_data, whatever their size.",
+    ),
+    click.option(
+        "--share-weights",
+        type=click.Path(),
+        metavar="ONNX_DIR",
+        help="Link the weights of another export that are the same, instead of writing them again.",
+    ),
+    click.option(
+        "--weights",
+        type=click.Choice(["copy", "reference"]),
+        default="copy",
+        show_default=True,
+        help="Write the weights with the graph, or let it read them in the checkpoint's own files.",
+    ),
+    click.option(
+        "--prefix",
+        type=click.Choice(["baked", "file"]),
+        default="baked",
+        show_default=True,
+        help="A decoder's soft prompt: in the graph, or a file that a session feeds to the graph of the base.",
+    ),
+)
+"""The options of an export."""
+
+writing_options = together(
+    click.option(
+        "--prompt", "prompts", multiple=True, required=True, help="A text to go on with. Repeatable."
+    ),
+    click.option(
+        "--prefix",
+        "prefixes",
+        multiple=True,
+        metavar="FILE",
+        help="A soft prompt for each prompt, or one for all; `none` for a row without. Repeatable.",
+    ),
+    click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True),
+    click.option(
+        "--temperature",
+        type=float,
+        default=0.0,
+        show_default=True,
+        help="0 takes the likeliest token.",
+    ),
+    click.option("--top-k", type=int, default=0, show_default=True, help="Draw among so many; 0 for all."),
+    click.option(
+        "--top-p",
+        type=float,
+        default=1.0,
+        show_default=True,
+        help="Draw among the likeliest with this share.",
+    ),
+    click.option("--seed", type=int, help="Of the draws."),
+    click.option(
+        "--provider",
+        "providers",
+        multiple=True,
+        help="Where to run: cuda, cpu. Repeatable, best first.",
+    ),
+    click.option(
+        "--threads",
+        type=int,
+        default=0,
+        show_default=True,
+        help="Of one operation; 0: as many as fit.",
+    ),
+)
+"""The options that say what text to write, and how."""

@@ -1,0 +1,27 @@
+"""The options of merge, which say where and what it writes."""
+
+from __future__ import annotations
+
+import click
+
+from peftsurgery.flags.together import together
+
+merge_options = together(
+    click.option("-o", "--out", type=click.Path(), help="The directory to write."),
+    click.option(
+        "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
+    ),
+    click.option("--in-place", is_flag=True, help="Patch the files of MODEL itself; needs --undo."),
+    click.option("--undo", type=click.Path(), help="--in-place: the file that keeps the original bytes."),
+    click.option(
+        "--untie", is_flag=True, help="Give a tied weight that the adapter changes a copy of its own."
+    ),
+    click.option("--task", help="The task of the merged model, where the adapter does not say it."),
+    click.option("--dtype", help="float32, float16 or bfloat16; each tensor's own by default."),
+    click.option(
+        "--max-shard-size",
+        help="Cut the weights into files of this size, e.g. 5GB; as the base by default.",
+    ),
+    click.option("--device", default="cpu", show_default=True, help="Where folding is computed, e.g. cuda."),
+)
+"""The options of merge, which say where and what it writes."""
