@@ -6,19 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftsurgery import __version__
 from peftsurgery.adapter import Adapter, check, rebased
 from peftsurgery.commands.adapter_files import Adapters, gather
-from peftsurgery.commands.companions import carry, merged_config
-from peftsurgery.commands.fitting import fit
+from peftsurgery.commands.companions import carry
 from peftsurgery.commands.in_place import merge_in_place
-from peftsurgery.commands.report import Report, size
-from peftsurgery.disk.checkpoint import open_checkpoint
-from peftsurgery.disk.durable import staged, write_json
-from peftsurgery.disk.locate import locate
-from peftsurgery.disk.merge import Merged
-from peftsurgery.disk.merge import merge as merge_checkpoint
-from peftsurgery.dtypes import dtype_named
+from peftsurgery.commands.merge_disk import Job, check_apart, merge_disk
+from peftsurgery.commands.provenance import provenance
+from peftsurgery.commands.report import Report
+from peftsurgery.disk.durable import staged
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Listener, ignore
 from peftsurgery.fold import touches
@@ -76,7 +71,7 @@ def merge(
     if not isinstance(model, str | Path):
         return _merge_live(model, given, untie, listen)
     if in_place:
-        said = _provenance(model, given, tuple(touches(*given)), ())
+        said = provenance(model, given, tuple(touches(*given)), ())
         return merge_in_place(
             model, given, undo, said, task=task, trust_remote_code=trust_remote_code, listen=listen
         )
@@ -84,7 +79,8 @@ def merge(
     if str(model).endswith(".onnx"):
         return _merge_graph(Path(model), given, target, listen)
     nbytes = nbytes_named(max_shard_size)
-    return _merge_disk(model, given, target, untie, task, dtype, nbytes, device, trust_remote_code, listen)
+    job = Job(model, tuple(given), target, untie, task, dtype, nbytes, device, trust_remote_code)
+    return merge_disk(job, listen)
 
 
 def _check_in_place(model: object, in_place: bool, out: object, reshaped: bool) -> None:
@@ -113,59 +109,6 @@ def _place(model: str | Path, out: str | Path | None) -> Path:
     return Path(out)
 
 
-def _merge_disk(
-    model: str | Path,
-    adapters: list[Adapter],
-    out: Path,
-    untie: bool,
-    task: str | None,
-    dtype: str | None,
-    max_shard_size: int | None,
-    device: str,
-    trust_remote_code: bool,
-    listen: Listener,
-) -> Report:
-    base = locate(model)
-    _apart(base, out)
-    checkpoint = open_checkpoint(base)
-    plan = fit(checkpoint, adapters, task=task, untie=untie, trust_remote_code=trust_remote_code)
-    wanted, becomes = dtype_named(dtype), plan.blueprint
-    with staged(out) as directory:
-        done = merge_checkpoint(
-            checkpoint,
-            plan.adapters,
-            directory,
-            rename=plan.rename,
-            twins=plan.twins,
-            dtype=wanted,
-            max_shard_size=max_shard_size,
-            device=device,
-            listen=listen,
-        )
-        carry(base, directory)
-        write_json(
-            directory / "config.json",
-            merged_config(base, becomes.architecture, becomes.classes, dtype=dtype, untied=bool(plan.twins)),
-        )
-        write_json(directory / "peftsurgery.json", _provenance(model, adapters, done.folded, done.added))
-    return _report(model, adapters, done, becomes.architecture, out)
-
-
-def _report(model: str | Path, adapters: list[Adapter], done: Merged, architecture: str, out: Path) -> Report:
-    facts = {
-        "model": str(model),
-        "adapters": [adapter.name for adapter in adapters],
-        "architecture": architecture,
-        "folded": len(done.folded),
-        "added": list(done.added),
-        "size": size(done.nbytes),
-        "tensors": list(done.folded),
-        "out": str(out),
-    }
-    headline = f"Merged into {len(done.folded)} of {done.num_tensors} tensors."
-    return Report("merge", headline, facts, hint=f"peftsurgery export-onnx {out} -o ONNX_DIR")
-
-
 def _merge_graph(model: Path, adapters: list[Adapter], out: Path, listen: Listener) -> Report:
     import peftsurgery.graph.merge as graph_merge
     import peftsurgery.graph.sites as graph_sites
@@ -175,7 +118,7 @@ def _merge_graph(model: Path, adapters: list[Adapter], out: Path, listen: Listen
     weights.check_readable(graph)
     names = graph.graph.initializers
     fitted = [rebased(adapter, graph_sites.sites(graph), names)[0] for adapter in adapters]
-    _apart(model.parent, out)
+    check_apart(model.parent, out)
     with staged(out) as directory:
         graph_merge.merge(graph, fitted, listen=listen)
         weights.save(graph, directory, name=model.name)
@@ -189,26 +132,3 @@ def _merge_graph(model: Path, adapters: list[Adapter], out: Path, listen: Listen
     return Report(
         "merge", f"Merged into {model.name}.", facts, hint=f"peftsurgery verify {out} --against MODEL"
     )
-
-
-def _apart(base: Path, out: Path) -> None:
-    inside = out.resolve()
-    if inside == base.resolve() or inside in base.resolve().parents:
-        raise PlanError(f"{out} is the model itself; a merge never overwrites its base. Give another `-o`.")
-
-
-def _provenance(
-    model: str | Path, adapters: list[Adapter], folded: Sequence[str], added: Sequence[str]
-) -> dict[str, object]:
-    said = [
-        {"name": a.name, "methods": sorted({repr(s.method) for s in a.plan.steps}), "base": a.base}
-        for a in adapters
-    ]
-    return {
-        "peftsurgery": __version__,
-        "verb": "merge",
-        "base": Path(model).name,
-        "adapters": said,
-        "folded": list(folded),
-        "added": list(added),
-    }
