@@ -27,11 +27,21 @@ SurgeryError
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 
 class SurgeryError(Exception):
-    """Root of every error that peftsurgery raises on purpose."""
+    """Root of every error that peftsurgery raises on purpose; it can be sent to another process, all it knows with it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[SurgeryError], words: tuple[object, ...], known: Mapping[str, object]) -> SurgeryError:
+    error = kind.__new__(kind, *words)
+    error.__dict__.update(known)
+    return error
 
 
 class PlanError(SurgeryError):

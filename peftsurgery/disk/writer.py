@@ -111,6 +111,11 @@ def _skew(pieces: Iterable[Piece], out: Output) -> int:
     return 0
 
 
+def told(task: ShardTask) -> Iterator[Event]:
+    """What `write_shard` tells of a task, as of one that is done."""
+    return (event for _, event in _events(task.pieces, 0))
+
+
 def _events(pieces: Sequence[Piece], reached: int) -> Iterator[tuple[int, Event]]:
     """What there will be to tell, each with the byte of the output up to which it must be written."""
     touched, folds = sum(bool(piece.changes) for piece in pieces), 0
