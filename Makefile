@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DOCS_READY := $(VENV)/.docs-ready
 EXAMPLES_READY := $(VENV)/.examples-ready
+RAY_READY := $(VENV)/.ray-ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo example-soft example-fusion test lint format bench docs fixtures clean
+.PHONY: help venv demo example-soft example-fusion test test-ray lint format bench docs fixtures clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +20,7 @@ help:
 	@echo 'make example-soft  train, bake, export and serve soft prompts: a few minutes'
 	@echo 'make example-fusion  train two adapters, fuse them, and draw which one each layer listens to'
 	@echo 'make test      the tests, on two processes (ARGS="-k lora" passes words on to pytest)'
+	@echo 'make test-ray  the tests of --engine ray, on a Ray of this machine'
 	@echo 'make lint      ruff and mypy'
 	@echo 'make format    let ruff rewrite what it can'
 	@echo 'make bench     the benchmarks; results in benchmarks/results/'
@@ -45,6 +47,10 @@ $(EXAMPLES_READY): $(READY)
 	$(BIN)/pip install -c constraints.txt -e '.[examples]'
 	@touch $@
 
+$(RAY_READY): $(READY)
+	$(BIN)/pip install -c constraints.txt -e '.[ray]'
+	@touch $@
+
 demo: $(READY)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
@@ -58,6 +64,9 @@ example-fusion: $(EXAMPLES_READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-ray: $(RAY_READY)
+	$(BIN)/python -m pytest -m ray $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -32,7 +32,7 @@ from typing import Any
 
 
 class SurgeryError(Exception):
-    """Root of every error that peftsurgery raises on purpose; it can be sent to another process, all it knows with it."""
+    """Root of every error that peftsurgery raises on purpose; another process can be sent it whole."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (type(self), self.args, self.__dict__)

@@ -87,19 +87,13 @@ def _is_merged(root: Path, undo: Path, fingerprint: str) -> bool:
 
 def _check_fits_in_place(checkpoint: Checkpoint, plan: Fit) -> None:
     """Refuse what would change more than the values of tensors that are there."""
-    _, added = disk_merge.plan(
-        checkpoint,
-        plan.adapters,
-        checkpoint.path,
-        rename=plan.rename,
-        twins=plan.twins,
-        dtype=None,
-        max_shard_size=None,
+    planned = disk_merge.plan(
+        checkpoint, plan.adapters, checkpoint.path, rename=plan.rename, twins=plan.twins
     )
     renamed = [name for name in checkpoint.tensors if plan.rename(name) != name]
     changed = config_changes(checkpoint.path, plan.blueprint.architecture, plan.blueprint.classes)
     for names, fact in (
-        (added, "adds tensors to the model"),
+        (planned.added, "adds tensors to the model"),
         (renamed, "renames the model's tensors"),
         (changed, "changes the model's configuration"),
     ):

@@ -14,6 +14,7 @@ from peftsurgery.commands.merge_disk import Job, check_apart, merge_disk
 from peftsurgery.commands.provenance import provenance
 from peftsurgery.commands.report import Report
 from peftsurgery.disk.durable import staged
+from peftsurgery.disk.engines import engine as engine_named
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Listener, ignore
 from peftsurgery.fold import touches
@@ -38,6 +39,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     device: str = "cpu",
+    engine: str = "local",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -60,6 +62,7 @@ def merge(
         task, dtype: those of the merged model, where they are not the adapter's and the base's.
         max_shard_size: bytes of tensors in a file, as `5GB` or a number; the base's own files by default.
         device: where folding is computed, e.g. `cuda`.
+        engine: who writes a checkpoint's files: `local`, this process, or `ray`, the nodes of a cluster.
 
     Raises:
         AdapterError, FoldError, PlanError, CheckpointError: inputs and output are as they were.
@@ -67,6 +70,8 @@ def merge(
     given = [check(adapter) for adapter in gather(adapters, weight, allow_pickle=allow_pickle)]
     if in_place or undo is not None:
         _check_in_place(model, in_place, out, untie or dtype is not None or max_shard_size is not None)
+    if engine != "local":
+        _check_written_anew(model, in_place, f"--engine {engine}")
     touches(*given)  # what does not fold is refused before a model is looked at
     if not isinstance(model, str | Path):
         return _merge_live(model, given, untie, listen)
@@ -80,7 +85,8 @@ def merge(
         return _merge_graph(Path(model), given, target, listen)
     nbytes = nbytes_named(max_shard_size)
     job = Job(model, tuple(given), target, untie, task, dtype, nbytes, device, trust_remote_code)
-    return merge_disk(job, listen)
+    with engine_named(engine) as writers:
+        return merge_disk(job, writers, listen)
 
 
 def _check_in_place(model: object, in_place: bool, out: object, reshaped: bool) -> None:
@@ -93,6 +99,14 @@ def _check_in_place(model: object, in_place: bool, out: object, reshaped: bool) 
         )
     if not isinstance(model, str | Path):
         raise PlanError("A live model is changed in place anyway: call `merge(model, adapter)`.")
+
+
+def _check_written_anew(model: object, in_place: bool, word: str) -> None:
+    if in_place or not isinstance(model, str | Path) or str(model).endswith(".onnx"):
+        raise PlanError(
+            f"`{word}` is for a checkpoint that is written into a new directory: "
+            f"`peftsurgery merge MODEL_DIR ADAPTER -o OUT {word}`. Nothing was changed."
+        )
 
 
 def _merge_live(model: nn.Module, adapters: list[Adapter], untie: bool, listen: Listener) -> Undo:

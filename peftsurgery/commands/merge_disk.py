@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.commands.companions import carry, merged_config
-from peftsurgery.commands.fitting import fit
+from peftsurgery.commands.fitting import Fit, fit
 from peftsurgery.commands.provenance import PROVENANCE, provenance
 from peftsurgery.commands.report import Report, size
-from peftsurgery.disk.checkpoint import open_checkpoint
+from peftsurgery.disk.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.disk.durable import staged, write_json
+from peftsurgery.disk.engines import Engine
 from peftsurgery.disk.locate import locate
-from peftsurgery.disk.merge import Merged, merge
+from peftsurgery.disk.merge import Merged, Planned, finished, plan
+from peftsurgery.disk.parts import written
+from peftsurgery.disk.writer import ShardDone
 from peftsurgery.dtypes import dtype_named
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Listener
@@ -44,34 +48,68 @@ class Job:
     trust_remote_code: bool = False
 
 
-def merge_disk(job: Job, listen: Listener) -> Report:
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """A merge that nothing speaks against, as far as headers tell.
+
+    Args:
+        fit: how its adapters and its base come together.
+    """
+
+    job: Job
+    checkpoint: Checkpoint
+    fit: Fit
+
+    def plan(self, directory: Path) -> Planned:
+        """What is to be written into `directory`, which is the output or becomes it."""
+        job, fit = self.job, self.fit
+        return plan(
+            self.checkpoint,
+            fit.adapters,
+            directory,
+            rename=fit.rename,
+            twins=fit.twins,
+            dtype=dtype_named(job.dtype),
+            max_shard_size=job.max_shard_size,
+            device=job.device,
+        )
+
+
+def merge_disk(job: Job, engine: Engine, listen: Listener) -> Report:
     """Do it: `out` is whole, or as it was; see `merge`."""
+    prepared = prepare(job)
+    with staged(job.out) as directory:
+        planned = prepared.plan(directory)
+        done = complete(prepared, planned, directory, written(planned.tasks, engine, listen))
+    return _report(job, done, prepared.fit.blueprint.architecture)
+
+
+def prepare(job: Job) -> Prepared:
+    """Fit adapters and base together, and write nothing.
+
+    Raises:
+        AdapterError, FoldError, PlanError, CheckpointError: see `merge`.
+    """
     base = locate(job.model)
     check_apart(base, job.out)
     checkpoint = open_checkpoint(base)
-    plan = fit(
+    fitted = fit(
         checkpoint, job.adapters, task=job.task, untie=job.untie, trust_remote_code=job.trust_remote_code
     )
-    wanted, becomes = dtype_named(job.dtype), plan.blueprint
-    with staged(job.out) as directory:
-        done = merge(
-            checkpoint,
-            plan.adapters,
-            directory,
-            rename=plan.rename,
-            twins=plan.twins,
-            dtype=wanted,
-            max_shard_size=job.max_shard_size,
-            device=job.device,
-            listen=listen,
-        )
-        carry(base, directory)
-        said = merged_config(
-            base, becomes.architecture, becomes.classes, dtype=job.dtype, untied=bool(plan.twins)
-        )
-        write_json(directory / "config.json", said)
-        write_json(directory / PROVENANCE, provenance(job.model, job.adapters, done.folded, done.added))
-    return _report(job, done, becomes.architecture)
+    return Prepared(job, checkpoint, fitted)
+
+
+def complete(prepared: Prepared, planned: Planned, directory: Path, files: Iterable[ShardDone]) -> Merged:
+    """Put around the weight files, which are there, what makes them a model."""
+    job, base, becomes = prepared.job, prepared.checkpoint.path, prepared.fit.blueprint
+    done = finished(directory, planned, files)
+    carry(base, directory)
+    said = merged_config(
+        base, becomes.architecture, becomes.classes, dtype=job.dtype, untied=bool(prepared.fit.twins)
+    )
+    write_json(directory / "config.json", said)
+    write_json(directory / PROVENANCE, provenance(job.model, job.adapters, done.folded, done.added))
+    return done
 
 
 def check_apart(base: Path, out: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ class Failed:
     error: SurgeryError
 
 
-Engine = Callable[[Sequence[ShardTask], Listener], Iterator[ShardDone | Failed]]
+Outcomes = Generator[ShardDone | Failed]
+Engine = Callable[[Sequence[ShardTask], Listener], Outcomes]
 """Writes every task's file, in any order, and tells of each when it is there or cannot be.
 
 It tells a listener what is folded and written. Whoever stops asking for more stops the work, and when its iterator is
@@ -30,25 +31,13 @@ closed nothing writes any longer.
 """
 
 
-def local(tasks: Sequence[ShardTask], listen: Listener) -> Iterator[ShardDone | Failed]:
+def local(tasks: Sequence[ShardTask], listen: Listener) -> Outcomes:
     """One file after the other, each by several threads of this process."""
     for task in tasks:
         try:
             yield write_shard(task, listen)
         except SurgeryError as error:
             yield Failed(task.file, error)
-
-
-def every(outcomes: Iterable[ShardDone | Failed]) -> Iterator[ShardDone]:
-    """What was written, as long as all of it is.
-
-    Raises:
-        SurgeryError: why a file was not.
-    """
-    for outcome in outcomes:
-        if isinstance(outcome, Failed):
-            raise outcome.error
-        yield outcome
 
 
 @contextmanager

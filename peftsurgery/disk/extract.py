@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peftsurgery.disk.checkpoint import Checkpoint
-from peftsurgery.disk.parts import Written, outline, write_parts
+from peftsurgery.disk.engines import local
+from peftsurgery.disk.parts import Written, finish, outline, written
 from peftsurgery.errors import CheckpointError
 from peftsurgery.events import Listener, ignore
 
@@ -81,7 +82,8 @@ def extract(
         CheckpointError: a file cannot be written.
     """
     clean = {stored: name for name, stored in found.base.items()}
-    return write_parts(directory, outline(checkpoint, directory, clean.get), checkpoint.index, listen)
+    tasks = outline(checkpoint, directory, clean.get)
+    return finish(directory, tasks, written(tasks, local, listen), checkpoint.index)
 
 
 def _wrapped(name: str) -> Iterable[str]:

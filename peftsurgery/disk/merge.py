@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.disk.checkpoint import Checkpoint, Stored
-from peftsurgery.disk.parts import outline, write_parts, written_dtype
+from peftsurgery.disk.engines import local
+from peftsurgery.disk.parts import finish, outline, written, written_dtype
 from peftsurgery.disk.pieces import Piece
-from peftsurgery.disk.writer import ShardTask
+from peftsurgery.disk.writer import ShardDone, ShardTask
 from peftsurgery.errors import (
     CheckpointError,
     MismatchedTensors,
@@ -47,12 +48,28 @@ GPTQ and AWQ, compressed-tensors, FP8, bitsandbytes, torchao.
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """What a merge will write.
+
+    Args:
+        tasks: its weight files.
+        folded: the tensors of the base that the adapters change, by their names in the output.
+        added: the tensors that the base does not hold: heads, and twins that are tied no longer.
+        index: the metadata of the base's index, where it has one.
+    """
+
+    tasks: tuple[ShardTask, ...]
+    folded: tuple[str, ...]
+    added: tuple[str, ...]
+    index: Mapping[str, object] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Merged:
     """What a merge wrote.
 
     Args:
-        folded: the tensors of the base that the adapters changed, by their names in the output.
-        added: the tensors that the base did not hold: heads, and twins that are tied no longer.
+        folded, added: as they were planned.
         files: the weight files, and the index where there is one.
         nbytes: the size of all tensors.
         tallies: how far every changed tensor moved, where that was asked for.
@@ -84,7 +101,45 @@ def merge(
     measure: bool = False,
     listen: Listener = ignore,
 ) -> Merged:
-    """Write `checkpoint` with every adapter folded into it, into an existing empty `directory`.
+    """Write `checkpoint` with every adapter folded into it, into an existing empty `directory`; see `plan`.
+
+    Raises:
+        UnclaimedSites, UnsupportedSite, MismatchedTensors: before anything is written.
+        NonFiniteWeight, CheckpointError: folding gave a NaN; a file cannot be written.
+    """
+    planned = plan(
+        checkpoint,
+        adapters,
+        directory,
+        rename=rename,
+        twins=twins or {},
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        device=device,
+        measure=measure,
+    )
+    return finished(directory, planned, written(planned.tasks, local, listen))
+
+
+def finished(directory: Path, planned: Planned, done: Iterable[ShardDone]) -> Merged:
+    """Write the index over the files that were planned and are there, and say what was done."""
+    held = finish(directory, planned.tasks, done, planned.index)
+    return Merged(planned.folded, planned.added, held.files, held.nbytes, held.num_tensors, held.tallies)
+
+
+def plan(
+    checkpoint: Checkpoint,
+    adapters: Sequence[Adapter],
+    directory: Path,
+    *,
+    rename: Callable[[str], str] = identity,
+    twins: Mapping[str, str] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | None = None,
+    device: str = "cpu",
+    measure: bool = False,
+) -> Planned:
+    """What to write so that `directory` holds `checkpoint` with every adapter folded into it; headers tell it all.
 
     Files, their tensors' order and their metadata stay. Folding is done in float32 and rounded once. What an
     adapter replaces and the base lacks (a fresh head) is added to the last file, in the base's dtype.
@@ -101,36 +156,9 @@ def merge(
     Raises:
         UnclaimedSites, UnsupportedSite, MismatchedTensors: a tensor that the adapters change is not there, is
             quantised, or has another shape; nothing is written.
-        NonFiniteWeight, CheckpointError: folding gave a NaN; a file cannot be written.
     """
-    tasks, added = plan(
-        checkpoint,
-        adapters,
-        directory,
-        rename=rename,
-        twins=twins or {},
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-    )
-    tasks = tuple(replace(task, device=device, measure=measure) for task in tasks)
-    done = write_parts(directory, tasks, checkpoint.index, listen)
-    found = tuple(name for name in touches(*adapters) if name not in added or name in (twins or {}))
-    return Merged(found, added, done.files, done.nbytes, done.num_tensors, done.tallies)
-
-
-def plan(
-    checkpoint: Checkpoint,
-    adapters: Sequence[Adapter],
-    directory: Path,
-    *,
-    rename: Callable[[str], str],
-    twins: Mapping[str, str],
-    dtype: torch.dtype | None,
-    max_shard_size: int | None,
-) -> tuple[tuple[ShardTask, ...], tuple[str, ...]]:
-    """The tasks that `merge` carries out, and the names of the tensors that it adds; see there."""
     present = {rename(name): stored for name, stored in checkpoint.tensors.items()}
-    copies = _copies(present, twins)
+    copies = _copies(present, twins or {})
     known = present | copies
     heads = _heads(known, adapters)
     _check(known, heads, adapters, casts=dtype is not None)
@@ -147,7 +175,9 @@ def plan(
         added=added,
         max_shard_size=max_shard_size,
     )
-    return tasks, tuple(piece.name for piece in added)
+    tasks = tuple(replace(task, device=device, measure=measure) for task in tasks)
+    found = tuple(name for name in changes if name not in heads)
+    return Planned(tasks, found, tuple(piece.name for piece in added), checkpoint.index)
 
 
 def _copies(present: Mapping[str, Stored], twins: Mapping[str, str]) -> dict[str, Stored]:

@@ -7,13 +7,15 @@ those of a file that was written here.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from peftsurgery.disk.engines import Engine, Failed
+from peftsurgery.disk.durable import discard, rename
+from peftsurgery.disk.engines import Engine, Failed, Outcomes
 from peftsurgery.disk.writer import ShardDone, ShardTask, told, write_shard
 from peftsurgery.errors import CheckpointError, PlanError, SurgeryError, cause
 from peftsurgery.events import Listener
@@ -22,6 +24,8 @@ RETRIES = 3
 """How often a file is begun again that a lost worker left unfinished."""
 THREADS = 2
 """Of one task, which has one core: one computes while the other waits for the disk."""
+PATIENCE = 10
+"""Seconds for a task to end that was asked to; then its worker is ended."""
 STORE = 128 << 20
 """Bytes of shared memory for our own Ray, through which only tasks and what became of them pass."""
 
@@ -62,14 +66,15 @@ def _connect(ray: Any) -> None:
         ) from error
 
 
-def _on(ray: Any, tasks: Sequence[ShardTask], listen: Listener) -> Iterator[ShardDone | Failed]:
-    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(_attempt)
+def _on(ray: Any, tasks: Sequence[ShardTask], listen: Listener) -> Outcomes:
+    remote = ray.remote(num_cpus=1, max_retries=RETRIES)(RUNS)
     running = {remote.options(name=task.file.name).remote(_portable(task)): task for task in tasks}
     try:
         while running:
             (ready,), _ = ray.wait(list(running), num_returns=1)
             task = running.pop(ready)
             outcome = _outcome(ray, ready, task)
+            _clear(task)
             if isinstance(outcome, ShardDone):
                 for event in told(task):
                     listen(event)
@@ -78,12 +83,28 @@ def _on(ray: Any, tasks: Sequence[ShardTask], listen: Listener) -> Iterator[Shar
         _stop(ray, list(running))
 
 
-def _attempt(task: ShardTask) -> ShardDone | Failed:
-    """What runs on a node; an error of the task's own is an answer, and no reason to try again."""
+def attempt(task: ShardTask) -> ShardDone | Failed:
+    """What runs on a node; an error of the task's own is an answer, and no reason to try again.
+
+    A node that was given up may still be writing, so every attempt has a file of its own until that is whole.
+    """
+    own = task.file.with_name(f".{task.file.name}.{secrets.token_hex(4)}")
     try:
-        return write_shard(task)
+        done = write_shard(replace(task, file=own))
+        rename(own, task.file)
+        return done
     except SurgeryError as error:
         return Failed(task.file, error)
+
+
+RUNS = attempt
+"""What every task is sent to; another one in tests that kill it."""
+
+
+def _clear(task: ShardTask) -> None:
+    """Remove what lost attempts have left."""
+    for file in task.file.parent.glob(f".{task.file.name}.*"):
+        discard(file)
 
 
 def _portable(task: ShardTask) -> ShardTask:
@@ -95,7 +116,8 @@ def _outcome(ray: Any, ready: Any, task: ShardTask) -> ShardDone | Failed:
     try:
         found: ShardDone | Failed = ray.get(ready)
     except ray.exceptions.RayError as error:
-        return Failed(task.file, _lost(task, cause(error)))
+        why = error.cause if isinstance(error, ray.exceptions.RayTaskError) else error
+        return Failed(task.file, _lost(task, cause(why)))
     if isinstance(found, ShardDone) and not _is_here(task, found):
         return Failed(task.file, _lost(task, "the node that wrote it sees another file system"))
     return replace(found, file=task.file)
@@ -115,8 +137,9 @@ def _lost(task: ShardTask, why: str) -> CheckpointError:
 
 
 def _stop(ray: Any, running: Sequence[Any]) -> None:
-    """Cancel what runs, and wait until it does no longer: its directory is about to go."""
-    for one in running:
-        ray.cancel(one, force=True)
-    if running:
-        ray.wait(list(running), num_returns=len(running), timeout=30)
+    """Cancel what runs, and wait until it does no longer, for its directory is about to go."""
+    for force in (False, True):
+        for one in running:
+            ray.cancel(one, force=force)
+        if running:
+            _, running = ray.wait(running, num_returns=len(running), timeout=PATIENCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from peftsurgery.changes import Change
 from peftsurgery.disk.checkpoint import INDEX, SINGLE, Checkpoint, Shard
 from peftsurgery.disk.durable import write_json
+from peftsurgery.disk.engines import Engine, Failed
 from peftsurgery.disk.pieces import Piece
-from peftsurgery.disk.writer import ShardDone, ShardTask, write_shard
+from peftsurgery.disk.writer import ShardDone, ShardTask
 from peftsurgery.errors import CheckpointError
 from peftsurgery.events import Event, Listener
 from peftsurgery.tally import Tally
@@ -71,24 +73,27 @@ def outline(
     return tuple(tasks) if max_shard_size is None else _resharded(tasks, directory, max_shard_size)
 
 
-def write_parts(
-    directory: Path, tasks: Sequence[ShardTask], index: Mapping[str, object] | None, listen: Listener
-) -> Written:
-    """Write the files, and the index of several or of a base that has one, last.
+def written(tasks: Sequence[ShardTask], engine: Engine, listen: Listener) -> list[ShardDone]:
+    """Have an engine write the files.
 
     Raises:
         NonFiniteWeight: folding gave a NaN or an infinity.
         CheckpointError: a file cannot be read or written.
     """
-    telling = _counted(tasks, listen)
-    done = [write_shard(task, telling) for task in tasks]
-    return finish(directory, tasks, done, index)
+    with closing(engine(tasks, counted(tasks, listen))) as outcomes:
+        return [_whole(outcome) for outcome in outcomes]
+
+
+def _whole(outcome: ShardDone | Failed) -> ShardDone:
+    if isinstance(outcome, Failed):
+        raise outcome.error
+    return outcome
 
 
 def finish(
     directory: Path, tasks: Sequence[ShardTask], done: Iterable[ShardDone], index: Mapping[str, object] | None
 ) -> Written:
-    """Write the index over files that are there, and say what lies on the disk."""
+    """Write the index, of several files or of a base that has one, over files that are there; say what lies there."""
     files = [task.file.relative_to(directory).as_posix() for task in tasks]
     nbytes = sum(task.nbytes for task in tasks)
     pieces = [piece for task in tasks for piece in task.pieces]
@@ -151,7 +156,7 @@ def _check_unique(names: Iterable[str]) -> None:
         seen.add(name)
 
 
-def _counted(tasks: Sequence[ShardTask], listen: Listener) -> Listener:
+def counted(tasks: Sequence[ShardTask], listen: Listener) -> Listener:
     """Tells `listen` of all tasks together what each says of itself."""
     pieces = [piece for task in tasks for piece in task.pieces]
     totals = {"write": len(pieces), "fold": sum(bool(piece.changes) for piece in pieces)}

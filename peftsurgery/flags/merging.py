@@ -23,5 +23,12 @@ merge_options = together(
         help="Cut the weights into files of this size, e.g. 5GB; as the base by default.",
     ),
     click.option("--device", default="cpu", show_default=True, help="Where folding is computed, e.g. cuda."),
+    click.option(
+        "--engine",
+        type=click.Choice(["local", "ray"]),
+        default="local",
+        show_default=True,
+        help="Who writes a checkpoint's files: this process, or the nodes of a Ray cluster.",
+    ),
 )
 """The options of merge, which say where and what it writes."""
