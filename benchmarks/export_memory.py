@@ -169,7 +169,7 @@ def measured(code: str, *words: object) -> tuple[float, float]:
 
 def written(directory: Path) -> int:
     """Bytes of the files that are no second name of another."""
-    stats = [file.stat() for file in directory.iterdir() if file.is_file()]
+    stats = [file.stat() for file in directory.rglob("*") if file.is_file()]
     return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 

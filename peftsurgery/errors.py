@@ -21,6 +21,7 @@ SurgeryError
 │   └── UnclaimedSites     .sites .nearest
 └── ExportError      it cannot be exported, or the export is not the model
     ├── UnsupportedModel
+    ├── NotReferable       .reason
     └── ParityError        .max_abs_diff .tolerance .output
 """
 
@@ -158,6 +159,14 @@ class ExportError(SurgeryError):
 
 class UnsupportedModel(ExportError):
     """An architecture or task without an export."""
+
+
+class NotReferable(ExportError):
+    """The weights lie in no file as the model computes with them, so that a graph could read them there."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}. Export with `--weights copy`; nothing was written.")
+        self.reason = reason
 
 
 class ParityError(ExportError):

@@ -1,4 +1,4 @@
-"""export-onnx --weights reference: the weights stay in the checkpoint's files, and the graph points there."""
+"""export-onnx, weights by reference: they stay in the checkpoint's files, and the graph points there."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from peftsurgery.commands.exporting import (
     verified,
     write_prefix,
 )
-from peftsurgery.commands.operating import operated, stays
+from peftsurgery.commands.operating import operated
 from peftsurgery.commands.prefixed import KEPT
 from peftsurgery.commands.report import Report, size
 from peftsurgery.commands.stored_weights import Base, base_of
 from peftsurgery.disk.durable import added, lend, staged, write_json
-from peftsurgery.errors import CheckpointError, ExportError, listing
+from peftsurgery.errors import CheckpointError, NotReferable, listing
 from peftsurgery.events import Event, Listener
 
 if TYPE_CHECKING:
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from peftsurgery.graph.parity import Parity
 
 CERTIFICATE = "peftsurgery.json"
+BELOW = Path("weights")
+"""Where the checkpoint's files lie below a graph that is written elsewhere: what holds a graph is no checkpoint too."""
 Graphs = Mapping[str, "ir.Model"]
 """The graphs of one model, by the names of their files."""
 
@@ -39,7 +41,7 @@ def export_by_reference(order: Order, listen: Listener) -> Report:
     """Export a model without reading its weights, and verify it with them.
 
     Raises:
-        ExportError: it is a live model, an adapter would have to be merged, or weights are not stored as the
+        NotReferable: it is a live model, an adapter would have to be merged, or weights are not stored as the
             model computes with them.
         CheckpointError: the files are not what the model needs, or `out` cannot be written.
         UnsupportedModel, ParityError: as `export_onnx` does.
@@ -49,7 +51,7 @@ def export_by_reference(order: Order, listen: Listener) -> Report:
     base = base_of(order, order.model)
     beside = order.out.expanduser().resolve() == base.checkpoint.path.resolve()
     with operated(base.model, *order.worn) as live:
-        made = traced(live, order, base.spans())
+        made = traced(live, order, base.spans(Path() if beside else BELOW))
     if beside:
         _check_own(base, made.graphs)
     listen(Event("export", "writing", 1, 3))
@@ -60,18 +62,8 @@ def export_by_reference(order: Order, listen: Listener) -> Report:
 
 
 def _check(order: Order) -> None:
-    if not isinstance(order.model, str | Path):
-        raise ExportError(
-            "A live model's weights lie in no file that a graph could read. Give its directory, or export with "
-            "`--weights copy`; nothing was written."
-        )
-    merged = [a.name for a in order.adapters if not order.factored and not stays(a)]
-    if merged:
-        raise ExportError(
-            f"{listing(merged)} would be merged, and the merged weights lie in no file yet. Write them once, "
-            f"`peftsurgery merge {order.model} ADAPTER -o MERGED`, and export that, `peftsurgery export-onnx MERGED "
-            "--weights reference -o OUT`; or keep the factors with `--factored`. Nothing was written."
-        )
+    if order.merged:
+        raise NotReferable(f"{listing(order.merged)} is merged, and the merged weights lie in no file yet")
 
 
 def _check_own(base: Base, graphs: Graphs) -> None:
@@ -95,7 +87,10 @@ def _apart(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
 
     source = base.checkpoint.path
     with staged(order.out) as directory:
-        lent = {name: lend(source / name, directory / name) for name in _files(made.graphs)}
+        lent = {
+            name: lend(source / Path(name).relative_to(BELOW), directory / name)
+            for name in _files(made.graphs)
+        }
         for name, graph in made.graphs.items():
             reference.move(graph, directory)
             weights.save(graph, directory, name)
@@ -111,7 +106,7 @@ def _apart(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
 
 def _beside(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
     """Beside the checkpoint's own files, none of which is touched."""
-    from peftsurgery.graph import weights
+    from peftsurgery.graph import reference, weights
 
     path = base.checkpoint.path
     names, apart = [*made.graphs], [KEPT] if made.apart else []
@@ -120,6 +115,7 @@ def _beside(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
         for prefix in rest[len(names) :]:
             write_prefix(made, prefix)
         for file, graph in zip(files, made.graphs.values(), strict=True):
+            reference.move(graph, path)
             weights.save(graph, path, file.name)
         parity = _compared(order, made, files, listen)
         before = _made(path / CERTIFICATE)
@@ -158,7 +154,7 @@ def _facts(graphs: Graphs, ways: dict[str, str], said: str) -> dict[str, Any]:
 
     return {
         "referenced": size(sum(reference.nbytes(graph) for graph in graphs.values())),
-        "weights": said,
+        "weights": f"by reference: {said}",
         "files": dict(ways),
     }
 

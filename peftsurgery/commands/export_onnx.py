@@ -4,40 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from peftsurgery.adapter import check
 from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.by_reference import export_by_reference
-from peftsurgery.commands.exporting import (
-    Order,
-    Traced,
-    certificate,
-    companions,
-    report,
-    traced,
-    verified,
-    write_prefix,
-)
-from peftsurgery.commands.operating import operated
-from peftsurgery.commands.prefixed import BAKED, FILE, KEPT
+from peftsurgery.commands.copied import INLINE, export_copied
+from peftsurgery.commands.exporting import Order
+from peftsurgery.commands.prefixed import BAKED, FILE
 from peftsurgery.commands.report import Report
-from peftsurgery.disk.durable import staged, write_json
-from peftsurgery.errors import PlanError
-from peftsurgery.events import Event, Listener, ignore
+from peftsurgery.errors import NotReferable, PlanError
+from peftsurgery.events import Listener, ignore
 from peftsurgery.reading import AS_PEFT, Reading
 
 if TYPE_CHECKING:
     from torch import nn
 
 COPY, REFERENCE = "copy", "reference"
-
-
-class _Weights(NamedTuple):
-    """Where copied weights go: into a file beside the graph, and which export's they may share."""
-
-    external: bool
-    shared: str | Path | None
 
 
 def export_onnx(
@@ -52,9 +35,7 @@ def export_onnx(
     verify: bool = True,
     tolerance: float | None = None,
     reading: Reading = AS_PEFT,
-    external_weights: bool = False,
-    share_weights: str | Path | None = None,
-    weights: str = COPY,
+    weights: str | None = None,
     prefix: str = BAKED,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -62,8 +43,8 @@ def export_onnx(
 ) -> Report:
     """Export a model of text or images to ONNX, dynamic in batch and length, and verify it in ONNX Runtime.
 
-    `out` receives `model.onnx` (and `model.onnx_data` past 2 GB), or, of an encoder-decoder, `encoder_model.onnx` and
-    `decoder_model.onnx`, which are meant wherever `model.onnx` is named; `config.json`, the tokenizer and
+    `out` receives `model.onnx`, or, of an encoder-decoder, `encoder_model.onnx` and `decoder_model.onnx`, which are
+    meant wherever `model.onnx` is named; the files of its weights, `config.json`, the tokenizer and
     `peftsurgery.json`, the certificate of the comparison. Every initializer keeps its parameter's name.
     By reference, `out` may also be the model's own directory, which receives `model.onnx` and `peftsurgery.json`.
 
@@ -75,68 +56,52 @@ def export_onnx(
         verify: compare with torch on several batches and lengths, padded ones too.
         tolerance: the largest absolute difference allowed; by default the dtype's.
         reading: how the graph reads virtual tokens, where it is not as in PEFT.
-        external_weights: keep the weights in `model.onnx_data`, whatever their size.
-        share_weights: the directory of another export with external weights: those that are the same are linked
-            and not written again, so that many prompts or heads share one file of their base.
-        weights: `copy` writes the weights with the graph; `reference` lets the graph read them where they are,
-            in the checkpoint's safetensors files, which are never loaded for it (for verifying they are).
+        weights: `reference` lets the graph read the weights where they are, in the checkpoint's safetensors files,
+            which are never loaded for it (for verifying they are); `copy` writes them to `model.onnx.data`; `inline`
+            into the graph. By default by reference, and copied where that cannot be; the report says why.
         prefix: what becomes of a decoder's soft prompt: `baked` into the graph, whose inputs speak of the caller's
             own tokens alone, or a `file`, `prefix.safetensors`, that a session feeds to the graph of the base.
 
     Raises:
         UnsupportedModel: no export for this architecture or task.
+        NotReferable: `weights` is `reference`, and they lie in no file as the model computes with them.
         ParityError: ONNX Runtime does not agree with torch; nothing is left at `out`.
         AdapterError, FoldError, CheckpointError, PlanError.
     """
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
     order = Order(
-        model, given, Path(out), factored, task, opset, verify, tolerance, reading, trust_remote_code, prefix
+        model,
+        given,
+        Path(out),
+        factored,
+        task,
+        opset,
+        verify,
+        tolerance,
+        reading,
+        trust_remote_code,
+        prefix,
+        weights,
     )
-    _check_prefix(prefix)
-    kept = _Weights(external_weights, share_weights)
-    if _by_reference(weights, kept):
-        return export_by_reference(order, listen)
-    return _export_copy(order, kept, listen)
+    _check_words(order)
+    return _export(order, listen)
 
 
-def _by_reference(weights: str, kept: _Weights) -> bool:
-    if weights not in (COPY, REFERENCE):
-        raise PlanError(f"weights is {weights!r} and is {COPY!r} or {REFERENCE!r}. Nothing was written.")
-    if weights == REFERENCE and (kept.external or kept.shared is not None):
+def _check_words(order: Order) -> None:
+    if order.weights not in (None, REFERENCE, COPY, INLINE):
         raise PlanError(
-            "By reference the weights stay in the checkpoint's files, so there is nothing to keep apart or to share. "
-            "Leave out `--external-weights` and `--share-weights`; nothing was written."
+            f"weights is {order.weights!r} and is {REFERENCE!r}, {COPY!r} or {INLINE!r}. Nothing was written."
         )
-    return weights == REFERENCE
+    if order.prefix not in (BAKED, FILE):
+        raise PlanError(f"prefix is {order.prefix!r} and is {BAKED!r} or {FILE!r}. Nothing was written.")
 
 
-def _check_prefix(prefix: str) -> None:
-    if prefix not in (BAKED, FILE):
-        raise PlanError(f"prefix is {prefix!r} and is {BAKED!r} or {FILE!r}. Nothing was written.")
-
-
-def _export_copy(order: Order, kept: _Weights, listen: Listener) -> Report:
-    with staged(order.out) as directory, operated(order.model, *order.worn) as live:
-        made = _write_graphs(order, live, directory, kept, listen)
-        listen(Event("export", "verifying", 2, 3))
-        files = [directory / name for name in made.graphs]
-        parity = verified(live, order, made, files) if order.verify else None
-        write_json(directory / "peftsurgery.json", certificate(live, order, parity))
-        nbytes = sum(file.stat().st_size for file in directory.glob("*.onnx*"))
-        listen(Event("export", "done", 3, 3))
-        return report(live, order, nbytes, made.signature, parity)
-
-
-def _write_graphs(order: Order, live: nn.Module, directory: Path, kept: _Weights, listen: Listener) -> Traced:
-    from peftsurgery.graph import weights
-
-    listen(Event("export", "tracing", 0, 3))
-    done = traced(live, order)
-    listen(Event("export", "writing", 1, 3))
-    for name, graph in done.graphs.items():
-        if kept.shared is not None:
-            weights.share(graph, Path(kept.shared) / name, directory)
-        weights.save(graph, directory, name, inline=0 if kept.external else weights.INLINE)
-    write_prefix(done, directory / KEPT)
-    companions(order, live, directory)
-    return done
+def _export(order: Order, listen: Listener) -> Report:
+    if order.weights in (COPY, INLINE):
+        return export_copied(order, "", listen)
+    try:
+        return export_by_reference(order, listen)
+    except NotReferable as error:
+        if order.weights == REFERENCE:
+            raise
+        return export_copied(order, error.reason, listen)

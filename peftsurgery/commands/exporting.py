@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftsurgery.graph.parity import Parity, Row
-    from peftsurgery.graph.reference import Span
+    from peftsurgery.graph.reference import Held
     from peftsurgery.graph.signature import Signature
 
 
@@ -48,11 +48,17 @@ class Order:
     reading: Reading
     trust_remote_code: bool
     prefix: str
+    weights: str | None
 
     @property
     def worn(self) -> tuple[list[Adapter], bool, str | None, bool, Reading]:
         """What `operated` takes beside the model."""
         return self.adapters, self.factored, self.task, self.trust_remote_code, self.reading
+
+    @property
+    def merged(self) -> list[str]:
+        """The names of the adapters that are folded into the weights."""
+        return [] if self.factored else [a.name for a in self.adapters if not stays(a)]
 
     @property
     def form(self) -> str:
@@ -77,7 +83,7 @@ class Traced(NamedTuple):
     apart: Mapping[str, Tensor]
 
 
-def traced(live: nn.Module, order: Order, held: Mapping[str, Span] | None = None) -> Traced:
+def traced(live: nn.Module, order: Order, held: Mapping[str, Held] | None = None) -> Traced:
     """The graphs of a model; initializers in `held` stay where they lie."""
     from peftsurgery.graph import seq2seq
     from peftsurgery.graph.export import trace
@@ -110,7 +116,7 @@ def write_prefix(done: Traced, file: Path) -> None:
         put(file, [*done.apart.items()])
 
 
-def _prefix(order: Order, live: nn.Module, held: Mapping[str, Span] | None) -> dict[str, Tensor] | None:
+def _prefix(order: Order, live: nn.Module, held: Mapping[str, Held] | None) -> dict[str, Tensor] | None:
     """The keys and values of virtual tokens, computed with the weights that a traced model may not have."""
     if held is None or soft.count(live) == 0 or not generates(live, order.task):
         return None

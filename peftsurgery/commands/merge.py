@@ -126,16 +126,16 @@ def _place(model: str | Path, out: str | Path | None) -> Path:
 def _merge_graph(model: Path, adapters: list[Adapter], out: Path, listen: Listener) -> Report:
     import peftsurgery.graph.merge as graph_merge
     import peftsurgery.graph.sites as graph_sites
-    from peftsurgery.graph import weights
+    from peftsurgery.graph import reference, weights
 
     graph = weights.load(model)
-    weights.check_readable(graph)
+    inline = not reference.files(graph)
     names = graph.graph.initializers
     fitted = [rebased(adapter, graph_sites.sites(graph), names)[0] for adapter in adapters]
     check_apart(model.parent, out)
     with staged(out) as directory:
         graph_merge.merge(graph, fitted, listen=listen)
-        weights.save(graph, directory, name=model.name)
+        weights.save(graph, directory, name=model.name, inline=inline)
         carry(model.parent, directory)
     facts = {
         "model": str(model),

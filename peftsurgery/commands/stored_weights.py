@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftsurgery.commands.fitting import common_task, labels
 from peftsurgery.commands.operating import brought
 from peftsurgery.disk.checkpoint import Checkpoint, Stored, load, open_checkpoint
 from peftsurgery.disk.locate import locate
-from peftsurgery.errors import CheckpointError, ExportError, listing
+from peftsurgery.errors import CheckpointError, NotReferable, listing
 from peftsurgery.live import pretrained
 from peftsurgery.live.hollow import hollow
 from peftsurgery.live.sites import ties
@@ -22,8 +24,6 @@ from peftsurgery.live.swap import fill
 if TYPE_CHECKING:
     from peftsurgery.commands.exporting import Order
     from peftsurgery.graph.reference import Span
-
-COPY = "Export with `--weights copy`; nothing was written."
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +39,30 @@ class Base:
     checkpoint: Checkpoint
     held: Mapping[str, Stored]
 
-    def spans(self) -> dict[str, Span]:
-        """Where the bytes lie, in a graph's words."""
+    def spans(self, below: Path) -> dict[str, Span]:
+        """Where the bytes lie, in a graph's words, if the checkpoint's files lie `below` the graph's directory."""
         from peftsurgery.graph.reference import Span
 
         root = self.checkpoint.path
         return {
-            name: Span(root, stored.file.relative_to(root).as_posix(), stored.start, stored.nbytes)
+            name: Span((below / stored.file.relative_to(root)).as_posix(), stored.start, stored.nbytes)
             for name, stored in self.held.items()
         }
 
+    def readers(self) -> dict[str, Callable[[], Tensor]]:
+        """What reads each of them; the memory goes back with the tensor."""
+        return {name: partial(load, stored) for name, stored in self.held.items()}
 
-def base_of(order: Order, source: Any) -> Base:
+
+def base_of(order: Order, source: nn.Module | str | Path) -> Base:
     """The model of a directory, and where its weights lie; only headers and buffers are read.
 
     Raises:
         CheckpointError: the checkpoint lacks weights, or holds them in other shapes.
-        ExportError: some are not stored as the model computes with them.
+        NotReferable: it is no directory, or some are not stored as the model computes with them.
     """
+    if not isinstance(source, str | Path):
+        raise NotReferable("A live model's weights lie in no file that a graph could read")
     checkpoint = open_checkpoint(locate(source))
     model = hollow(
         checkpoint.path,
@@ -90,17 +96,17 @@ def _found(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Stored]:
     for name, stored in checkpoint.tensors.items():
         other = found.setdefault(loading.names[name], stored)
         if other is not stored:
-            raise CheckpointError(
-                f"{checkpoint.path} holds {loading.names[name]!r} twice, as {other.name!r} and {name!r}. {COPY}"
+            raise NotReferable(
+                f"{checkpoint.path} holds {loading.names[name]!r} twice, as {other.name!r} and {name!r}"
             )
     return found
 
 
 def _refuse_assembled(model: nn.Module, assembled: Collection[str]) -> None:
     if assembled:
-        raise ExportError(
+        raise NotReferable(
             f"{listing(sorted(assembled))} of {type(model).__name__} is not in the checkpoint as such: "
-            f"transformers assembles it on loading. {COPY}"
+            "transformers assembles it on loading"
         )
 
 
@@ -109,9 +115,7 @@ def _spread(model: nn.Module, found: dict[str, Stored]) -> None:
     for group in ties(model):
         stored = [found[name] for name in group if name in found]
         if any(not _same(stored[0], other) for other in stored[1:]):
-            raise ExportError(
-                f"{listing(group)} are one weight in the model and differ in the checkpoint. {COPY}"
-            )
+            raise NotReferable(f"{listing(group)} are one weight in the model and differ in the checkpoint")
         if stored:
             found.update(dict.fromkeys(group, stored[0]))
 
@@ -143,7 +147,6 @@ def _check(stored: Stored, name: str, expected: torch.Tensor, referenced: bool) 
             f"{tuple(expected.shape)}. Correct config.json; nothing was written."
         )
     if referenced and stored.torch_dtype != expected.dtype:
-        raise ExportError(
-            f"{stored.file} holds {stored.name!r} in {stored.torch_dtype}, and the model computes in "
-            f"{expected.dtype}. {COPY}"
+        raise NotReferable(
+            f"{stored.file} holds {stored.name!r} in {stored.torch_dtype}, and the model computes in {expected.dtype}"
         )

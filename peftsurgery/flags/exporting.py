@@ -32,22 +32,10 @@ export_options = together(
     ),
     click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32."),
     click.option(
-        "--external-weights",
-        is_flag=True,
-        help="Keep the weights in model.onnx_data, whatever their size.",
-    ),
-    click.option(
-        "--share-weights",
-        type=click.Path(),
-        metavar="ONNX_DIR",
-        help="Link the weights of another export that are the same, instead of writing them again.",
-    ),
-    click.option(
         "--weights",
-        type=click.Choice(["copy", "reference"]),
-        default="copy",
-        show_default=True,
-        help="Write the weights with the graph, or let it read them in the checkpoint's own files.",
+        type=click.Choice(["reference", "copy", "inline"]),
+        help="Read the weights in the checkpoint's own files (the default, where it can be), copy them to "
+        "model.onnx.data, or keep them in the graph.",
     ),
     click.option(
         "--prefix",

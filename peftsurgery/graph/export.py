@@ -17,7 +17,7 @@ from peftsurgery.errors import ExportError, UnsupportedModel, cause
 from peftsurgery.graph import cache, passes, reference, sites, virtual
 from peftsurgery.graph.inputs import as_torch, sample
 from peftsurgery.graph.posture import eager, evaluating
-from peftsurgery.graph.reference import Span
+from peftsurgery.graph.reference import Held
 from peftsurgery.graph.signature import RECORDED, Port, Signature, call
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def trace(
     opset: int = OPSET,
     tables: Collection[str] = (),
     tokens: Mapping[str, Tensor] | None = None,
-    held: Mapping[str, Span] | None = None,
+    held: Mapping[str, Held] | None = None,
     prefix: Mapping[str, Tensor] | None = None,
     run: Run = call,
 ) -> ir.Model:
@@ -80,7 +80,7 @@ def trace(
         tokens: what to call the evaluated parts → their values (see `virtual.bake`).
         opset: version of the ONNX operators.
         prefix: constant keys and values that a decoder reads first (see `cache.behind`); initializers of these names.
-        held: where the initializers lie whose parameters have no bytes; they stay there, (out, in).
+        held: where the initializers lie whose parameters have no bytes, and stay, (out, in); or what gives them later.
         run: from the model and its inputs by name to its outputs by name.
 
     Raises:

@@ -64,8 +64,8 @@ def _unread(model: ir.Model) -> Iterator[None]:
     """No value that lies in a file: shape inference would open the file for the smallest of them."""
     import onnx_ir as ir
 
-    values = model.graph.initializers.values()
-    held = [(v, v.const_value) for v in values if isinstance(v.const_value, ir.ExternalTensor)]
+    values, away = model.graph.initializers.values(), (ir.ExternalTensor, ir.LazyTensor)
+    held = [(v, v.const_value) for v in values if isinstance(v.const_value, away)]
     for value, _ in held:
         value.const_value = None
     try:
@@ -92,7 +92,7 @@ def forget(model: ir.Model) -> None:
 def store_transposed(model: ir.Model) -> None:
     """`Transpose(W)` of a matrix that nobody else reads becomes W, stored transposed, under its old name.
 
-    What lies in a file stays as it is there.
+    What the graph reads in a file stays as it is there; what it will be given is turned then.
     """
     import onnx_ir as ir
 
@@ -114,26 +114,52 @@ def _turn(model: ir.Model, value: ir.Value, users: list[ir.Node]) -> None:
     import onnx_ir as ir
 
     assert value.const_value is not None
-    turned = as_torch(value.const_value).t()
-    value.const_value = as_ir(turned, value.name)
+    value.const_value = turned(value.const_value)
     value.metadata_props[TURNED] = "1"
-    value.shape = ir.Shape(turned.shape)
+    value.shape = ir.Shape(value.const_value.shape.numpy())
     for node in users:
         ir.convenience.replace_all_uses_with(node.outputs[0], value, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
 
 
+def turned(matrix: ir.TensorProtocol) -> ir.TensorProtocol:
+    """The transpose of a matrix, made when it is written where the matrix is."""
+    import onnx_ir as ir
+
+    if not isinstance(matrix, ir.LazyTensor):
+        return as_ir(as_torch(matrix).t(), matrix.name)
+    shape = ir.Shape(reversed(matrix.shape.numpy()))
+    return ir.LazyTensor(
+        lambda: as_ir(as_torch(matrix).t(), matrix.name), matrix.dtype, shape, name=matrix.name
+    )
+
+
 def as_torch(tensor: ir.TensorProtocol) -> Tensor:
     """The tensor as torch sees it; it shares memory where it can, so nobody writes to it."""
+    import onnx_ir as ir
     import torch
     from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 
     if isinstance(tensor, TorchTensor):
         return tensor.raw.detach()
+    if isinstance(tensor, ir.LazyTensor):
+        return as_torch(tensor.raw())
+    if isinstance(tensor, ir.ExternalTensor) and tensor.dtype.itemsize >= 1:
+        return _read(tensor)
     array = tensor.numpy()
     if array.dtype.kind not in "fiub" or array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(f"u{array.itemsize}").copy()).view(to_torch_dtype(tensor.dtype))
     return torch.from_numpy(array if array.flags.writeable else array.copy())
+
+
+def _read(tensor: ir.ExternalTensor) -> Tensor:
+    """What lies in a file; onnx_ir itself refuses to read a hard link."""
+    import numpy as np
+    import torch
+    from onnx_ir.tensor_adapters import to_torch_dtype
+
+    raw = np.fromfile(tensor.path, np.uint8, tensor.nbytes, offset=tensor.offset or 0)
+    return torch.from_numpy(raw).view(to_torch_dtype(tensor.dtype)).reshape(*tensor.shape.numpy())
 
 
 def as_ir(tensor: Tensor, name: str | None) -> ir.TensorProtocol:

@@ -1,16 +1,17 @@
-"""Initializers that lie in a checkpoint's own files, and are read there as they are stored."""
+"""Initializers of a model that was traced without its weights: read where they are stored, or when they are written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peftsurgery.errors import ExportError
-from peftsurgery.graph.passes import swaps
+from peftsurgery.errors import NotReferable
+from peftsurgery.graph.passes import as_ir, swaps
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -24,23 +25,25 @@ class Span:
     """Where the bytes of a tensor lie.
 
     Args:
-        root: the directory of the checkpoint.
-        file: the path of the file below it.
+        file: the path of the file below the graph's directory (see `move`).
         start: the first byte, counted from the beginning of the file.
         nbytes: how many there are.
     """
 
-    root: Path
     file: str
     start: int
     nbytes: int
 
 
-def point(model: ir.Model, held: Mapping[str, Span]) -> None:
-    """Let every initializer that was traced without its bytes point at them; the others stay as they are.
+Held = Span | Callable[[], Tensor]
+"""A place that a graph reads a weight at, or what gives the weight when the graph is written."""
+
+
+def point(model: ir.Model, held: Mapping[str, Held]) -> None:
+    """Give every initializer that was traced without its bytes a place or a giver; the others stay as they are.
 
     Raises:
-        ExportError: one of them lies nowhere.
+        NotReferable: one of them lies nowhere.
     """
     import onnx_ir as ir
 
@@ -49,20 +52,18 @@ def point(model: ir.Model, held: Mapping[str, Span]) -> None:
         if not isinstance(own, ir.Tensor) or not isinstance(own.raw, FakeTensor):
             continue
         if name not in held:
-            raise ExportError(
-                f"The graph reads {name!r}, which no file of the checkpoint holds. Export with "
-                "`--weights copy`; nothing was written."
-            )
-        span = held[name]
-        value.const_value = ir.ExternalTensor(
-            span.file,
-            span.start,
-            span.nbytes,
-            own.dtype,
-            shape=own.shape,
-            name=name,
-            base_dir=span.root,
-        )
+            raise NotReferable(f"The graph reads {name!r}, which no file of the checkpoint holds")
+        value.const_value = _pointed(name, held[name], own)
+
+
+def _pointed(name: str, held: Held, own: ir.TensorProtocol) -> ir.TensorProtocol:
+    import onnx_ir as ir
+
+    shape = ir.Shape(own.shape.numpy())
+    if isinstance(held, Span):
+        place = held.file, held.start, held.nbytes
+        return ir.ExternalTensor(*place, own.dtype, shape=shape, name=name)
+    return ir.LazyTensor(lambda: as_ir(held(), name), own.dtype, shape, name=name)
 
 
 def move(model: ir.Model, directory: Path) -> None:

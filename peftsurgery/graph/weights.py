@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,109 +43,43 @@ def load(path: Path) -> ir.Model:
     return model
 
 
-def share(model: ir.Model, source: Path, directory: Path) -> int:
-    """Let the graph, which will be saved into `directory`, read the weights that `source` has from its file.
-
-    What has the same name and the same bytes there is not written again: its file is hard-linked into
-    `directory`. The rest, a prompt or a head, stays in the graph. How many bytes are shared comes back.
-    (ONNX Runtime reads hard links; onnx's and onnx_ir's own loaders refuse them.)
-
-    Raises:
-        CheckpointError: `source` keeps no weights in a file beside it, or none of these, or cannot be linked.
-    """
-    import onnx_ir as ir
-
-    there = {n: v.const_value for n, v in load(source).graph.initializers.items()}
-    files: set[str] = set()
-    shared = 0
-    for name, value in model.graph.initializers.items():
-        twin, own = there.get(name), value.const_value
-        if not isinstance(twin, ir.ExternalTensor) or own is None or not _equal(own, twin, source.parent):
-            continue
-        value.const_value = ir.ExternalTensor(
-            twin.location,
-            twin.offset,
-            twin.nbytes,
-            own.dtype,
-            shape=twin.shape,
-            name=name,
-            base_dir=directory,
-        )
-        files.add(str(twin.location))
-        shared += own.nbytes
-    if not files:
-        raise CheckpointError(
-            f"{source} has none of these weights in a file beside it. Name an export of the same base that was "
-            "written with `--external-weights`; nothing was written."
-        )
-    for file in files:
-        _link(source.parent / file, directory / file)
-    return shared
-
-
-def _equal(own: ir.TensorProtocol, twin: ir.ExternalTensor, root: Path) -> bool:
-    if own.dtype != twin.dtype or list(own.shape) != list(twin.shape) or own.nbytes != twin.nbytes:
-        return False
-    with (root / twin.location).open("rb") as file:
-        file.seek(twin.offset or 0)
-        return file.read(twin.nbytes) == own.tobytes()
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{source} cannot be shared with {target.parent}: {error.strerror or error}. "
-            "Export to the same file system, or leave out `--share-weights`; nothing was written."
-        ) from error
-
-
-def save(model: ir.Model, directory: Path, name: str = "model.onnx", *, inline: int = INLINE) -> list[Path]:
+def save(model: ir.Model, directory: Path, name: str = "model.onnx", *, inline: bool = False) -> list[Path]:
     """Write the graph into an existing directory, and say which files hold it; checked and synced.
 
-    Weights of `inline` bytes or more go to one file `<name>_data` beside it, a tensor at a time; those that
-    lie in a file of the directory already (`share`, `reference`) stay there, and no others do.
+    Weights go to one file `<name>.data` beside it, a tensor at a time; or, `inline`, into the graph itself. Where some
+    lie in files of the directory already (`reference`), they stay there, and the others go into the graph.
 
     Raises:
-        ExportError: what was written is not valid ONNX.
+        ExportError: what was written is not valid ONNX, or is too large for one file.
         OSError: the disk refuses; the caller throws the directory away.
     """
     import onnx
     import onnx_ir as ir
 
-    path, data = directory / name, directory / f"{name}_data"
+    path, data = directory / name, directory / f"{name}.data"
     linked = any(_lies_in(value.const_value, directory) for value in model.graph.initializers.values())
-    apart = nbytes(model) >= inline and not linked
-    if not apart:
-        _take_in(model, directory)
+    apart = not (inline or linked)
+    if inline:
+        _check_small(model, name)
+    _take_in(model, directory)
     ir.save(model, path, external_data=data.name if apart else None)
     try:
         onnx.checker.check_model(_unlinked(path) if linked else os.fspath(path))
     except onnx.checker.ValidationError as error:
         raise ExportError(f"{name} would be invalid ONNX: {error}. Report it; nothing was kept.") from error
-    files = [path, data] if apart else [path]
+    files = [file for file in (path, data) if file.exists()]
     for file in (*files, directory):
         _sync(file)
     return files
 
 
-def check_readable(model: ir.Model) -> None:
-    """Refuse a graph whose weights onnx does not read, before one of them is needed.
-
-    Raises:
-        CheckpointError: a file of external weights is a hard link.
-    """
-    import onnx_ir as ir
-
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, ir.ExternalTensor) and Path(tensor.path).stat().st_nlink > 1:
-            raise CheckpointError(
-                f"{str(tensor.location)!r}, which holds {tensor.name!r}, is a hard link, which onnx refuses to read. "
-                "Merge into the model's directory instead (`peftsurgery merge MODEL ADAPTER -o OUT`) and export "
-                "that; nothing was written."
-            )
+def _check_small(model: ir.Model, name: str) -> None:
+    held = nbytes(model)
+    if held >= INLINE:
+        raise ExportError(
+            f"{name} would hold {held / 1e9:.1f} GB of weights, and one ONNX file takes less than 2 GB. Export with "
+            "`--weights copy` or `--weights reference`; nothing was written."
+        )
 
 
 def _lies_in(tensor: ir.TensorProtocol | None, directory: Path) -> bool:
@@ -154,13 +89,17 @@ def _lies_in(tensor: ir.TensorProtocol | None, directory: Path) -> bool:
 
 
 def _take_in(model: ir.Model, directory: Path) -> None:
-    """Hold in the graph itself what lies in files of another directory."""
+    """Read what lies in files of another directory, each when it is written."""
     import onnx_ir as ir
 
     for value in model.graph.initializers.values():
         held = value.const_value
         if isinstance(held, ir.ExternalTensor) and not _lies_in(held, directory):
-            value.const_value = as_ir(as_torch(held), value.name)
+            value.const_value = ir.LazyTensor(partial(_read, held), held.dtype, held.shape, name=value.name)
+
+
+def _read(held: ir.ExternalTensor) -> ir.TensorProtocol:
+    return as_ir(as_torch(held), held.name)
 
 
 def _unlinked(path: Path) -> onnx.ModelProto:

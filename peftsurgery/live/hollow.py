@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from peftsurgery.errors import UnsupportedModel, listing
+from peftsurgery.errors import NotReferable, listing
 from peftsurgery.live import pretrained
 from peftsurgery.live.swap import refill
 from peftsurgery.tasks import Task
@@ -49,7 +49,7 @@ def hollow(
 
     Raises:
         CheckpointError: the directory's configuration is not understood.
-        UnsupportedModel: a buffer has no value before a checkpoint is loaded.
+        NotReferable: a buffer has no value before a checkpoint is loaded.
     """
     config = pretrained.config(path, labels, trust_remote_code=trust_remote_code)
     config.dtype = dtype
@@ -57,9 +57,8 @@ def hollow(
         model = pretrained.built(config, task, trust_remote_code=trust_remote_code)
     empty = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     if empty:
-        raise UnsupportedModel(
-            f"{type(model).__name__} keeps {listing(empty)} without a value until it is loaded. Export with "
-            "`--weights copy`; nothing was written."
+        raise NotReferable(
+            f"{type(model).__name__} keeps {listing(empty)} without a value until it is loaded"
         )
     with FakeTensorMode(allow_non_fake_inputs=True):
         refill(model, lambda old: nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=False))

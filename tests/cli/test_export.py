@@ -31,7 +31,7 @@ def adapter(bert: Path, tmp_path: Path) -> Path:
 
 
 def names(graph: Path) -> set[str]:
-    return {tensor.name for tensor in onnx.load(graph).graph.initializer}
+    return {tensor.name for tensor in onnx.load(graph, load_external_data=False).graph.initializer}
 
 
 def tensors(graph: Path) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""`export-onnx --weights reference`: the graph reads the checkpoint's own bytes, and nothing else is written."""
+"""`export-onnx`, weights by reference: the graph reads the checkpoint's own bytes, and nothing else is written."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from transformers import (
 )
 
 import peftsurgery as ps
-from peftsurgery.errors import CheckpointError, ExportError, ParityError, PlanError
+from peftsurgery.errors import CheckpointError, NotReferable, ParityError, PlanError
 from peftsurgery.graph.session import Session
 from tests.cli.conftest import adapter_for, digest
 
@@ -97,6 +99,7 @@ def test_every_initializer_is_the_parameters_bytes(stored: tuple[Path, object], 
         assert bytes_at(tmp_path / "onnx", place) == raw(parameters[name]), name
     assert len(found) == len(set(found.values())) > 10, "no bytes are named twice"
     used = {place[0] for place in found.values()}
+    assert {file.split("/")[0] for file in used} == {"weights"}
     assert len(used) > 1 and set(report.facts["files"]) == used
     assert not [
         n
@@ -109,7 +112,7 @@ def test_every_initializer_is_the_parameters_bytes(stored: tuple[Path, object], 
 def test_the_answers_are_torchs_and_the_copys(stored: tuple[Path, object], tmp_path: Path) -> None:
     base, _ = stored
     ps.export_onnx(base, out=tmp_path / "reference", weights="reference", verify=False)
-    ps.export_onnx(base, out=tmp_path / "copy", verify=False)
+    ps.export_onnx(base, out=tmp_path / "copy", weights="copy", verify=False)
     one, other = (Session(tmp_path / way / "model.onnx", ["cpu"]) for way in ("reference", "copy"))
     ids = np.arange(14, dtype=np.int64).reshape(2, 7) + 3
     feeds = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
@@ -140,7 +143,7 @@ def test_twins_that_are_both_stored(tmp_path: Path) -> None:
     ps.export_onnx(base, out=tmp_path / "onnx", weights="reference")
     assert twin not in external(tmp_path / "onnx" / "model.onnx")
     rewritten(base, lambda held: {**held, twin: held[table] + 1})
-    with pytest.raises(ExportError, match=r"differ in the checkpoint.*--weights copy"):
+    with pytest.raises(NotReferable, match=r"differ in the checkpoint.*--weights copy"):
         ps.export_onnx(base, out=tmp_path / "two", weights="reference")
 
 
@@ -168,7 +171,7 @@ def test_beside_the_checkpoint_two_files_are_added(run: Run, bert: Path, tmp_pat
     content = digest(base)
     done = run("export-onnx", base, "--weights", "reference", "-o", base, "--json")
     assert done.exit_code == 0, done.output
-    assert json.loads(done.stdout)["weights"] == "the checkpoint's own, untouched"
+    assert json.loads(done.stdout)["weights"] == "by reference: the checkpoint's own, untouched"
     assert {file.name for file in base.iterdir()} == {*before, "model.onnx", "peftsurgery.json"}
     assert {n: (s.st_mtime_ns, s.st_ino) for n in before if (s := (base / n).stat())} == before
     assert digest(base).items() >= content.items()
@@ -189,9 +192,6 @@ def test_a_failure_beside_the_checkpoint_leaves_nothing(bert: Path, tmp_path: Pa
 def test_how_a_merged_checkpoint_was_made_is_kept(run: Run, bert: Path, tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
     adapter = adapter_for(model, "query,value", tmp_path / "adapter")
-    refused = run("export-onnx", bert, "--adapter", adapter, "--weights", "reference", "-o", tmp_path / "no")
-    assert refused.exit_code == 1 and "peftsurgery merge" in refused.stderr and "--factored" in refused.stderr
-    assert not (tmp_path / "no").exists()
     merged = tmp_path / "merged"
     assert run("merge", bert, adapter, "-o", merged).exit_code == 0
     made = json.loads((merged / "peftsurgery.json").read_text())
@@ -212,18 +212,14 @@ def no_reflink(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("no_reflink")
 def test_hard_links_are_said(run: Run, bert: Path, tmp_path: Path) -> None:
-    done = run("export-onnx", bert, "--weights", "reference", "-o", tmp_path / "onnx", "--json")
+    done = run("export-onnx", bert, "-o", tmp_path / "onnx", "--json")
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
-    assert os.path.samefile(bert / "model.safetensors", tmp_path / "onnx" / "model.safetensors")
-    assert said["files"] == {"model.safetensors": "hard link"}
+    assert os.path.samefile(bert / "model.safetensors", tmp_path / "onnx" / "weights" / "model.safetensors")
+    assert said["files"] == {"weights/model.safetensors": "hard link"}
     assert "onnx's own checker and loader refuse" in said["weights"]
     with pytest.raises(onnx.checker.ValidationError):
         onnx.checker.check_model(tmp_path / "onnx" / "model.onnx")
-    model = AutoModel.from_pretrained(bert)
-    adapter = adapter_for(model, "query", tmp_path / "adapter")
-    merged = run("merge", tmp_path / "onnx" / "model.onnx", adapter, "-o", tmp_path / "merged")
-    assert merged.exit_code == 1 and "is a hard link" in merged.stderr
 
 
 @pytest.mark.usefixtures("no_reflink")
@@ -248,9 +244,9 @@ def test_copies_are_said(
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
     reason = "another file system" if cause == "file system" else "symbolic link"
-    assert said["files"] == {"model.safetensors": "copy"}
-    assert said["weights"].startswith("copied") and reason in said["weights"]
-    copied = tmp_path / "onnx" / "model.safetensors"
+    assert said["files"] == {"weights/model.safetensors": "copy"}
+    assert said["weights"].startswith("by reference: copied") and reason in said["weights"]
+    copied = tmp_path / "onnx" / "weights" / "model.safetensors"
     assert not copied.is_symlink() and copied.stat().st_nlink == 1
     assert (
         hashlib.sha256(copied.read_bytes()).digest()
@@ -306,19 +302,25 @@ def test_factors_and_bottlenecks_lie_in_the_graph(run: Run, bert: Path, tmp_path
 def test_a_graph_beside_its_checkpoint_can_be_merged(run: Run, bert: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(bert, tmp_path / "base"))
     adapter = adapter_for(AutoModel.from_pretrained(base), "query,value", tmp_path / "adapter")
-    assert run("export-onnx", base, "--weights", "reference", "-o", base).exit_code == 0
+    assert run("export-onnx", base, "-o", base).exit_code == 0
     done = run("merge", base / "model.onnx", adapter, "-o", tmp_path / "merged")
     assert done.exit_code == 0, done.output
-    assert external(tmp_path / "merged" / "model.onnx") == {}
+    assert {place[0] for place in external(tmp_path / "merged" / "model.onnx").values()} == {
+        "model.onnx.data"
+    }
     verified = run("verify", tmp_path / "merged", "--against", bert, "--adapter", adapter)
     assert verified.exit_code == 0, verified.output
 
 
-def test_an_export_with_its_weights_apart_can_be_merged(run: Run, bert: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["reference", "copy", "inline"])
+def test_whatever_holds_the_weights_can_be_merged(run: Run, bert: Path, tmp_path: Path, weights: str) -> None:
     adapter = adapter_for(AutoModel.from_pretrained(bert), "query,value", tmp_path / "adapter")
-    assert run("export-onnx", bert, "--external-weights", "-o", tmp_path / "apart").exit_code == 0
-    done = run("merge", tmp_path / "apart" / "model.onnx", adapter, "-o", tmp_path / "merged")
+    asked = ("--weights", weights, "--no-verify")
+    assert run("export-onnx", bert, *asked, "-o", tmp_path / "onnx").exit_code == 0
+    done = run("merge", tmp_path / "onnx" / "model.onnx", adapter, "-o", tmp_path / "merged")
     assert done.exit_code == 0, done.output
+    held = {place[0] for place in external(tmp_path / "merged" / "model.onnx").values()}
+    assert held == (set() if weights == "inline" else {"model.onnx.data"})
     verified = run("verify", tmp_path / "merged", "--against", bert, "--adapter", adapter)
     assert verified.exit_code == 0, verified.output
 
@@ -333,19 +335,65 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_referenced_is_refused(bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="live model"):
+    with pytest.raises(NotReferable, match="live model"):
         ps.export_onnx(AutoModel.from_pretrained(bert), out=tmp_path / "no", weights="reference")
-    with pytest.raises(PlanError, match="'copy' or 'reference'"):
+    with pytest.raises(PlanError, match="'reference', 'copy' or 'inline'"):
         ps.export_onnx(bert, out=tmp_path / "no", weights="none")
-    with pytest.raises(PlanError, match="--external-weights"):
-        ps.export_onnx(bert, out=tmp_path / "no", weights="reference", external_weights=True)
     with pytest.raises(CheckpointError, match=r"lacks 'classifier\.bias'"):
         ps.export_onnx(bert, out=tmp_path / "no", weights="reference", task="seq-cls")
     base = Path(shutil.copytree(bert, tmp_path / "base"))
     rewritten(base, lambda held: {**held, "pooler.dense.bias": held["pooler.dense.bias"].half()})
-    with pytest.raises(ExportError, match=r"'pooler\.dense\.bias' in torch\.float16.*--weights copy"):
+    with pytest.raises(NotReferable, match=r"'pooler\.dense\.bias' in torch\.float16.*--weights copy"):
         ps.export_onnx(base, out=tmp_path / "no", weights="reference")
     rewritten(base, lambda held: {**held, "pooler.dense.bias": torch.zeros(7)})
     with pytest.raises(CheckpointError, match=r"\(7,\).*\(32,\)"):
         ps.export_onnx(base, out=tmp_path / "no", weights="reference")
     assert not (tmp_path / "no").exists()
+
+
+def test_weights_by_reference_are_the_default_and_copying_is_said(
+    run: Run, bert: Path, tmp_path: Path
+) -> None:
+    done = run("export-onnx", bert, "--no-verify", "-o", tmp_path / "onnx", "--json")
+    assert json.loads(done.stdout)["weights"].startswith("by reference: ")
+    live = AutoModel.from_pretrained(bert)
+    report = ps.export_onnx(live, out=tmp_path / "live", verify=False)
+    assert report.facts["weights"] == "copied: A live model's weights lie in no file that a graph could read"
+    asked = run("export-onnx", bert, "--no-verify", "--weights", "copy", "-o", tmp_path / "copy", "--json")
+    assert json.loads(asked.stdout)["weights"] == "copied"
+    for way in ("live", "copy"):
+        found = external(tmp_path / way / "model.onnx")
+        assert {place[0] for place in found.values()} == {"model.onnx.data"}
+        onnx.checker.check_model(tmp_path / way / "model.onnx", full_check=True)
+    one, other = ((tmp_path / way / "model.onnx.data").read_bytes() for way in ("live", "copy"))
+    assert one == other, "what is read from files is what a loaded model holds"
+
+
+def test_copying_reads_one_weight_at_a_time(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*words: object, **more: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("peftsurgery.live.pretrained.load", refuse)
+    report = ps.export_onnx(bert, out=tmp_path / "onnx", weights="copy", verify=False)
+    assert report.facts["weights"] == "copied" and len(external(tmp_path / "onnx" / "model.onnx")) > 10
+
+
+@pytest.mark.usefixtures("no_reflink")
+def test_an_export_moves_and_is_copied(run: Run, bert: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(bert, tmp_path / "the base of all"))
+    for file in base.iterdir():
+        file.chmod(0o444)
+    base.chmod(0o555)
+    out = tmp_path / "an export"
+    assert run("export-onnx", base, "--no-verify", "-o", out).exit_code == 0
+    copied = Path(shutil.copytree(out, tmp_path / "copied"))
+    moved = out.rename(tmp_path / "moved there")
+    code = "import sys, onnxruntime as o; print(len(o.InferenceSession(sys.argv[1]).get_inputs()))"
+    for place in (copied, moved):
+        done = subprocess.run(
+            [sys.executable, "-c", code, place / "model.onnx"], capture_output=True, text=True
+        )
+        assert done.stdout.strip() == "3", done.stderr
+    base.chmod(0o755)

@@ -29,15 +29,22 @@ def linear() -> ir.Model:
     return model
 
 
-def test_small_models_are_one_file(tmp_path: Path) -> None:
-    assert weights.save(linear(), tmp_path) == [tmp_path / "model.onnx"]
+def test_weights_in_the_graph(tmp_path: Path) -> None:
+    assert weights.save(linear(), tmp_path, inline=True) == [tmp_path / "model.onnx"]
     assert os.listdir(tmp_path) == ["model.onnx"]
     assert weights.nbytes(weights.load(tmp_path / "model.onnx")) == 4 * 600 * 4
 
 
-def test_large_models_have_one_file_of_weights_beside_them(tmp_path: Path) -> None:
-    files = weights.save(linear(), tmp_path, name="encoder_model.onnx", inline=9600)
-    assert [file.name for file in files] == ["encoder_model.onnx", "encoder_model.onnx_data"]
+def test_what_one_file_does_not_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "INLINE", 9600)
+    with pytest.raises(ExportError, match="--weights copy"):
+        weights.save(linear(), tmp_path, inline=True)
+    assert not os.listdir(tmp_path)
+
+
+def test_weights_in_one_file_beside_the_graph(tmp_path: Path) -> None:
+    files = weights.save(linear(), tmp_path, name="encoder_model.onnx")
+    assert [file.name for file in files] == ["encoder_model.onnx", "encoder_model.onnx.data"]
     assert sorted(os.listdir(tmp_path)) == [file.name for file in files]
     assert files[0].stat().st_size < 1000 <= 9600 <= files[1].stat().st_size
     onnx.checker.check_model(str(files[0]), full_check=True)
@@ -56,17 +63,17 @@ def test_a_graph_that_is_no_valid_onnx_is_not_kept_quietly(tmp_path: Path) -> No
 
 @pytest.fixture
 def parts(tmp_path: Path) -> tuple[Path, Path]:
-    model, data = weights.save(linear(), tmp_path, inline=0)
+    model, data = weights.save(linear(), tmp_path)
     return model, data
 
 
 def test_missing_and_short_weights(parts: tuple[Path, Path]) -> None:
     model, data = parts
     data.write_bytes(data.read_bytes()[:-1])
-    with pytest.raises(TruncatedShard, match=r"model\.onnx_data.*big\.weight"):
+    with pytest.raises(TruncatedShard, match=r"model\.onnx\.data.*big\.weight"):
         weights.load(model)
     data.unlink()
-    with pytest.raises(MissingShard, match=r"model\.onnx_data"):
+    with pytest.raises(MissingShard, match=r"model\.onnx\.data"):
         weights.load(model)
 
 

@@ -1,0 +1,102 @@
+"""export-onnx, weights copied: into a file beside the graph, or into the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from peftsurgery.commands.exporting import (
+    Order,
+    Traced,
+    certificate,
+    companions,
+    report,
+    traced,
+    verified,
+    write_prefix,
+)
+from peftsurgery.commands.operating import operated
+from peftsurgery.commands.prefixed import KEPT
+from peftsurgery.commands.report import Report
+from peftsurgery.commands.stored_weights import base_of
+from peftsurgery.disk.durable import staged, write_json
+from peftsurgery.errors import NotReferable
+from peftsurgery.events import Event, Listener
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftsurgery.graph.parity import Parity
+    from peftsurgery.graph.reference import Held
+
+INLINE = "inline"
+Away = Mapping[str, "Held"]
+"""What gives the weights of a model that was made without them."""
+
+
+def export_copied(order: Order, why: str, listen: Listener) -> Report:
+    """Export a model with its weights, and verify it.
+
+    A directory's weights are read one at a time, each when it is written, where that can be.
+
+    Args:
+        why: the reason for copying, where it was not asked for.
+
+    Raises:
+        ExportError: the weights are too large for the graph.
+        UnsupportedModel, ParityError: as `export_onnx` does.
+    """
+    with staged(order.out) as directory, _opened(order) as (model, away):
+        listen(Event("export", "tracing", 0, 3))
+        made = traced(model, order, away)
+        listen(Event("export", "writing", 1, 3))
+        files = _write(order, model, made, directory)
+        listen(Event("export", "verifying", 2, 3))
+        parity = _compared(order, model, away, made, directory)
+        write_json(directory / "peftsurgery.json", certificate(model, order, parity))
+        nbytes = sum(file.stat().st_size for file in files)
+        listen(Event("export", "done", 3, 3))
+        return report(model, order, nbytes, made.signature, parity, {"weights": _said(order, why)})
+
+
+def _compared(
+    order: Order, model: nn.Module, away: Away | None, made: Traced, directory: Path
+) -> Parity | None:
+    if not order.verify:
+        return None
+    with nullcontext(model) if away is None else operated(order.model, *order.worn) as live:
+        return verified(live, order, made, [directory / name for name in made.graphs])
+
+
+@contextmanager
+def _opened(order: Order) -> Iterator[tuple[nn.Module, Away | None]]:
+    """The model to trace, and what gives its weights where it has none."""
+    try:
+        base = None if order.merged else base_of(order, order.model)
+    except NotReferable:
+        base = None
+    source, away = (order.model, None) if base is None else (base.model, base.readers())
+    with operated(source, *order.worn) as model:
+        yield model, away
+
+
+def _write(order: Order, model: nn.Module, made: Traced, directory: Path) -> list[Path]:
+    from peftsurgery.graph import weights
+
+    inline = order.weights == INLINE
+    files = [
+        file
+        for name, graph in made.graphs.items()
+        for file in weights.save(graph, directory, name, inline=inline)
+    ]
+    write_prefix(made, directory / KEPT)
+    companions(order, model, directory)
+    return files
+
+
+def _said(order: Order, why: str) -> str:
+    if order.weights == INLINE:
+        return "in the graph"
+    return f"copied: {why}" if why else "copied"
