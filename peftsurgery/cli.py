@@ -230,7 +230,7 @@ def export_onnx_command(**options: Any) -> None:
 @writing_options
 @report_options
 def generate_command(**options: Any) -> None:
-    """Go on with a text, by a decoder's export, as a server would run it."""
+    """Go on with a text, or answer it, by the export of a model that writes."""
     from peftsurgery.commands.generate import generate
 
     flags = shown(options)

@@ -22,6 +22,8 @@ PATTERNS = (
     "merges.txt",
     "*.spm",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "target_vocab.json",
     "chat_template*",
     "preprocessor_config.json",
     "processor_config.json",

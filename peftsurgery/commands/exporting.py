@@ -132,8 +132,10 @@ def companions(order: Order, live: nn.Module, directory: Path) -> None:
         said = merged_config(source, type(live).__name__, classes(live), dtype=None, untied=False)
         write_json(directory / "config.json", said)
         return
-    config: Any = live.config
-    write_json(directory / "config.json", config.to_dict())
+    own: Any = live
+    write_json(directory / "config.json", own.config.to_dict())
+    if own.can_generate():
+        write_json(directory / "generation_config.json", own.generation_config.to_dict())
 
 
 def verified(live: nn.Module, order: Order, made: Traced, graphs: Sequence[Path]) -> Parity:

@@ -1,4 +1,4 @@
-"""generate: a text from a decoder's export, as a server would run it."""
+"""generate: a text from an export, as a server would run it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from peftsurgery.errors import AdapterError, PlanError
 from peftsurgery.events import Event, Listener, ignore
 
 if TYPE_CHECKING:
-    from peftsurgery.graph.generation import Decoder, Prefix, Sampling
+    from peftsurgery.graph.generation import Decoder
+    from peftsurgery.graph.prefixes import Prefix
+    from peftsurgery.graph.sampling import Sampling
 
 UNFINISHED = "\ufffd"
 """What a tokenizer gives for the first bytes of a character whose last ones are still to come."""
@@ -37,27 +39,29 @@ def generate(
 ) -> Report:
     """Go on with texts, all in one batch, with the keys and values of what was read kept on the device.
 
-    The text of a single prompt comes piece by piece too, as the names of events.
+    An encoder-decoder reads the texts and writes what follows from them, from the token on that its configuration
+    names. The text of a single prompt comes piece by piece too, as the names of events.
 
     Args:
-        model: the directory of a decoder's export.
+        model: the directory of a decoder's or an encoder-decoder's export.
         prefixes: a soft prompt for each prompt, or one for all: files that `export-onnx --prefix file` wrote; `none`
             for a row without.
-        max_new_tokens, temperature, top_k, top_p, seed: see `peftsurgery.graph.generation.Sampling`; greedy at first.
+        max_new_tokens, temperature, top_k, top_p, seed: see `peftsurgery.graph.sampling.Sampling`; greedy at first.
         providers: where to run, best first: `cuda`, `cpu`.
         threads: that one operation may use; 0 lets ONNX Runtime choose.
 
     Raises:
         ExportError: the directory holds no graph with a cache, or a provider does not work.
-        PlanError, AdapterError: the prefixes are not as many as the prompts; one is not there.
+        PlanError, AdapterError: the prefixes are not as many as the prompts; one is not there; a prompt is empty.
     """
-    from peftsurgery.graph.generation import Decoder, Sampling
+    from peftsurgery.graph.generation import Decoder
+    from peftsurgery.graph.sampling import Sampling
 
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     how = Sampling(max_new_tokens, temperature, top_k, top_p, seed)
     read = [_prefix(path) for path in _spread(prefixes, len(texts))]
     decoder = Decoder(model, providers or None, threads=threads)
-    rows = [decoder.tokenizer(text)["input_ids"] for text in texts]
+    rows = [_tokens(decoder, text) for text in texts]
     start = perf_counter()
     written = [*_written(decoder, rows, how, read, listen)]
     return _report(model, texts, written, perf_counter() - start, decoder)
@@ -71,6 +75,15 @@ def _spread(prefixes: Sequence[str | Path], count: int) -> Sequence[str | Path]:
             f"There are {count} prompts and {len(prefixes)} prefixes. Give one for each, or one for all."
         )
     return list(prefixes) * count if len(prefixes) == 1 else prefixes
+
+
+def _tokens(decoder: Decoder, text: str) -> list[int]:
+    found: list[int] = decoder.tokenizer(text)["input_ids"]
+    if not found:
+        raise PlanError(
+            f"The prompt {text!r} has no tokens. Give one with a word: `--prompt 'Once upon a time'`."
+        )
+    return found
 
 
 def _prefix(path: str | Path) -> Prefix | None:
@@ -91,14 +104,15 @@ def _written(
     """The new tokens of every text."""
     tokenizer = decoder.tokenizer
     found: list[list[int]] = [[] for _ in rows]
-    said = ""
+    said, total = "", how.max_new_tokens
     for done, tokens in enumerate(decoder.steps(rows, how, prefixes=prefixes), 1):
         for row, token in zip(found, tokens.tolist(), strict=True):
             row.append(token)
         text = tokenizer.decode(found[0], skip_special_tokens=True) if len(rows) == 1 else ""
-        if not text.endswith(UNFINISHED):
-            listen(Event("generate", text[len(said) :], done, how.max_new_tokens))
+        if done < total and not text.endswith(UNFINISHED):
+            listen(Event("generate", text[len(said) :], done, total))
             said = text
+    listen(Event("generate", text[len(said) :], total, total))
     yield from (decoder.ended(row) for row in found)
 
 
@@ -116,6 +130,7 @@ def _report(
         ],
         "tokens": count,
         "seconds": round(seconds, 4),
+        "not heeded": list(decoder.rules.unheeded),
     }
     table = [("prompt", "text"), *zip(texts, news, strict=True)] if len(texts) > 1 else ()
     return Report(

@@ -27,6 +27,11 @@ def name(kind: str, layer: int, part: str) -> str:
     return f"{kind}.{layer}.{part}"
 
 
+def past_of(word: str) -> str:
+    """The input that an output of keys or values is for; any other word as it is."""
+    return f"{PAST}{word.removeprefix(PRESENT)}" if word.startswith(f"{PRESENT}.") else word
+
+
 def is_cached(names: Iterable[str]) -> bool:
     """Whether keys and values are among the inputs of these names."""
     return any(word.startswith(f"{PAST}.") for word in names)

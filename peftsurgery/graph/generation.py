@@ -1,163 +1,96 @@
-"""Text from a decoder's graph: the prompts at once, then a token a step, keys and values kept where they are."""
+"""Text from an export: what is read first at once, then a token a step, keys and values kept where they are.
+
+A decoder goes on with its prompt. An encoder-decoder reads the prompt in its encoder, and its decoder begins with
+the token that its configuration names.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from peftsurgery.errors import ExportError
-from peftsurgery.graph import cache
+from peftsurgery.graph.pair import Pair, graphs, opened
+from peftsurgery.graph.prefixes import Prefix, first_past
+from peftsurgery.graph.rules import FREE, Rules, rules_of
+from peftsurgery.graph.sampling import GREEDY, Array, Sampling, pick
 from peftsurgery.graph.session import Session
 
-Array = npt.NDArray[Any]
-Prefix = Mapping[str, Array]
-"""Constant keys and values by name, `prefix.<layer>.key` and `.value`, each (key-value heads, n, head width)."""
+Reader = Callable[[Array], Array]
+"""What reads the next tokens, (batch, n), behind all that it has read, and gives the logits of what follows each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        max_new_tokens: after so many a row ends, if not before.
-        temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
-        top_k: draw among the so many likeliest; 0 for all.
-        top_p: draw among the likeliest that together have this probability (nucleus sampling, Holtzman et al. 2020).
-        seed: of the draws.
-    """
-
-    max_new_tokens: int = 64
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-
-
-def pick(logits: Array, how: Sampling, random: np.random.Generator) -> Array:
-    """The next token of every row, (batch,), of its logits (batch, vocab_size)."""
-    if how.temperature <= 0:
-        return np.asarray(logits.argmax(-1), dtype=np.int64)
-    scores = logits.astype(np.float64) / how.temperature
-    if how.top_k:
-        least = np.sort(scores, -1)[:, -min(how.top_k, scores.shape[-1]), None]
-        scores = np.where(scores < least, -np.inf, scores)
-    chances = _softmax(scores)
-    if how.top_p < 1:
-        chances = _nucleus(chances, how.top_p)
-    return np.array([random.choice(len(row), p=row) for row in chances], dtype=np.int64)
-
-
-def _softmax(scores: Array) -> Array:
-    raised: Array = np.exp(scores - scores.max(-1, keepdims=True))
-    raised /= raised.sum(-1, keepdims=True)
-    return raised
-
-
-def _nucleus(chances: Array, top_p: float) -> Array:
-    order = np.argsort(-chances, -1, kind="stable")
-    ranked = np.take_along_axis(chances, order, -1)
-    kept = np.where(ranked.cumsum(-1) - ranked < top_p, ranked, 0.0)  # the token that crosses top_p stays
-    found: Array = np.zeros_like(chances)
-    np.put_along_axis(found, order, kept, -1)
-    found /= found.sum(-1, keepdims=True)
-    return found
-
-
-def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Array, Array]:
-    """Token ids and mask, both (batch, longest row), padded on the left."""
-    width = max(map(len, rows))
-    ids = np.array([[pad_id] * (width - len(row)) + list(row) for row in rows], dtype=np.int64)
-    mask = np.array([[0] * (width - len(row)) + [1] * len(row) for row in rows], dtype=np.int64)
-    return ids, mask
-
-
-def steps(
-    session: Session,
-    ids: Array,
-    mask: Array,
-    how: Sampling,
-    *,
-    ends: Sequence[int] = (),
-    prefixes: Sequence[Prefix | None] = (),
-) -> Iterator[Array]:
+def steps(read: Reader, first: Array, how: Sampling, rules: Rules = FREE) -> Iterator[Array]:
     """The next tokens, (batch,), step by step; a row that has ended gives its end token again.
 
     Args:
-        ids, mask: the prompts, (batch, length), padded on the left.
-        ends: the tokens that end a row.
-        prefixes: for each row what it reads first; rows with different ones, and with none, go together.
+        read: what remembers the texts.
+        first: the tokens that it reads at once, (batch, n).
+    """
+    random = np.random.default_rng(how.seed)
+    ids, last, ended = first, first[:, -1], np.zeros(len(first), bool)
+    for step in range(how.max_new_tokens):
+        chosen = pick(rules.allowed(read(ids)[:, -1]), how, random)
+        last = np.where(ended, last, rules.forced(chosen, step, how.max_new_tokens))
+        yield last
+        ended |= np.isin(last, rules.ends)
+        if ended.all():
+            return
+        ids = last[:, None]
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = True) -> tuple[Array, Array]:
+    """Token ids and mask, both (batch, longest row), padded on the left, or else on the right."""
+    width = max(map(len, rows))
+    columns = np.arange(width)
+    mask = (columns[::-1] if left else columns) < np.array([len(row) for row in rows])[:, None]
+    ids = np.full(mask.shape, pad_id, np.int64)
+    ids[mask] = np.concatenate([np.asarray(row, np.int64) for row in rows])
+    return ids, mask.astype(np.int64)
+
+
+def continuing(session: Session, mask: Array, prefixes: Sequence[Prefix | None] = ()) -> Reader:
+    """A decoder in front of fresh texts.
+
+    Args:
+        mask: of the tokens that it reads first, (batch, length), padded on the left.
+        prefixes: for each row what it reads before them; rows with different ones, and with none, go together.
 
     Raises:
         ExportError: the graph has no cache, or a prefix is not one of its model.
     """
-    random = np.random.default_rng(how.seed)
-    past, seen = _past(session, len(ids), prefixes)
+    past, seen = first_past(session.past_ports(), len(mask), prefixes)
     whole = np.concatenate([seen, mask], 1)
-    ended, last = np.zeros(len(ids), bool), ids[:, -1]
-    for _ in range(how.max_new_tokens):
-        feeds = {
-            "input_ids": ids,
-            "attention_mask": whole,
-            "position_ids": np.maximum(whole.cumsum(1) - 1, 0)[:, -ids.shape[1] :],
-        }
+
+    def read(ids: Array) -> Array:
+        nonlocal past, whole
+        positions = np.maximum(whole.cumsum(1) - 1, 0)[:, -ids.shape[1] :]
+        feeds = {"input_ids": ids, "attention_mask": whole, "position_ids": positions}
         logits, past = session.step(feeds, past)
-        last = np.where(ended, last, pick(logits[:, -1], how, random))
-        yield last
-        ended |= np.isin(last, ends)
-        if ended.all():
-            return
-        ids, whole = last[:, None], np.pad(whole, ((0, 0), (0, 1)), constant_values=1)
+        whole = np.pad(whole, ((0, 0), (0, 1)), constant_values=1)
+        return logits
+
+    return read
 
 
-def _past(session: Session, rows: int, prefixes: Sequence[Prefix | None]) -> tuple[dict[str, Array], Array]:
-    """The past that a text begins with, and its mask, (batch, longest prefix): padded on the left."""
-    ports = session.past_ports()
-    if not ports:
-        raise ExportError(
-            "The graph has no past_key_values, so it cannot go on with a text. Export a model for text "
-            "generation: `peftsurgery export-onnx MODEL --task text-generation -o OUT`."
-        )
-    given = [*prefixes] or [None] * rows
-    lengths = [0 if prefix is None else _length(prefix, len(ports)) for prefix in given]
-    seen = np.arange(max(lengths))[::-1] < np.array(lengths)[:, None]
-    past = {}
-    for name, (heads, width, dtype) in ports.items():
-        past[name] = np.zeros((rows, heads, max(lengths), width), dtype)
-        for row, prefix in enumerate(given):
-            if prefix is not None:
-                past[name][row, :, max(lengths) - lengths[row] :] = _entry(prefix, name, heads, width)
-    return past, seen.astype(np.int64)
+def answering(pair: Pair, ids: Array, mask: Array) -> Reader:
+    """A decoder that has written nothing yet, behind an encoder that has read texts, (batch, length)."""
+    state = pair.read({"input_ids": ids, "attention_mask": mask})
 
+    def read(tokens: Array) -> Array:
+        nonlocal state
+        logits, state = pair.write(state, tokens)
+        return logits
 
-def _length(prefix: Prefix, entries: int) -> int:
-    if len(prefix) != entries:
-        raise ExportError(
-            f"The prefix has keys and values for {len(prefix) // 2} layers and the model has {entries // 2}. "
-            "Take one that was written for this model (`peftsurgery export-onnx MODEL --adapter PROMPT --prefix file`)."
-        )
-    return int(next(iter(prefix.values())).shape[1])
-
-
-def _entry(prefix: Prefix, name: str, heads: int, width: int) -> Array:
-    key = name.replace(cache.PAST, cache.PREFIX)
-    if key not in prefix or prefix[key].shape[::2] != (heads, width):
-        found = prefix[key].shape if key in prefix else "missing"
-        raise ExportError(
-            f"{key!r} is {found} in the prefix and the model takes {heads} heads of width {width}. "
-            "Take a prefix that was written for this model."
-        )
-    return prefix[key]
+    return read
 
 
 class Decoder:
-    """A decoder's export, ready to write: its graph, its tokenizer, its end tokens.
+    """An export that writes, ready: its graph or its two, its tokenizer, and what its configuration says of writing.
 
     Args:
         directory: what `export-onnx` wrote.
@@ -171,11 +104,11 @@ class Decoder:
         self, directory: str | Path, providers: Sequence[str] | None = None, *, threads: int = 0
     ) -> None:
         self.directory = Path(directory)
-        graph = self.directory / "model.onnx"
-        if not graph.is_file():
+        files = graphs(self.directory)
+        if not files:
             raise ExportError(f"{directory} holds no model.onnx. Name the directory of an export.")
-        self.session = Session(graph, providers, threads=threads)
-        self.ends = _ends(self.directory)
+        self.session = opened(files, providers, threads=threads)
+        self.rules = rules_of(self.directory)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -196,7 +129,7 @@ class Decoder:
     def generate(
         self,
         rows: Sequence[Sequence[int]],
-        how: Sampling = Sampling(),
+        how: Sampling = GREEDY,
         *,
         prefixes: Sequence[Prefix | None] = (),
     ) -> list[list[int]]:
@@ -206,23 +139,25 @@ class Decoder:
 
     def ended(self, row: list[int]) -> list[int]:
         """The tokens before the row's end token."""
-        stop = next((i for i, token in enumerate(row) if token in self.ends), len(row))
+        stop = next((i for i, token in enumerate(row) if token in self.rules.ends), len(row))
         return row[:stop]
 
     def steps(
         self, rows: Sequence[Sequence[int]], how: Sampling, *, prefixes: Sequence[Prefix | None] = ()
     ) -> Iterator[Array]:
-        """The next token of every row, (batch,), step by step."""
-        ids, mask = padded(rows, self.ends[0] if self.ends else 0)
-        return steps(self.session, ids, mask, how, ends=self.ends, prefixes=prefixes)
+        """The next token of every row, (batch,), step by step.
 
-
-def _ends(directory: Path) -> tuple[int, ...]:
-    """The tokens that end a text, as the generation's or the model's configuration says."""
-    for name in ("generation_config.json", "config.json"):
-        file = directory / name
-        said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        ends = said.get("eos_token_id")
-        if ends is not None:
-            return (ends,) if isinstance(ends, int) else tuple(ends)
-    return ()
+        Raises:
+            ExportError: a prefix is not one of the model, or is fed to an encoder-decoder.
+        """
+        if isinstance(self.session, Session):
+            ids, mask = padded(rows, self.rules.pad)
+            return steps(continuing(self.session, mask, prefixes), ids, how, self.rules.without_first())
+        if prefixes:
+            raise ExportError(
+                "A prefix is fed to a decoder's graph, and this is an encoder-decoder's, which has its own baked in. "
+                "Leave out `--prefix`, or export with the adapter."
+            )
+        ids, mask = padded(rows, self.rules.pad, left=False)
+        begin = np.full((len(rows), 1), self.rules.start, np.int64)
+        return steps(answering(self.session, ids, mask), begin, how, self.rules)

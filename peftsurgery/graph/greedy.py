@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from peftsurgery.graph import cache
+from peftsurgery.graph.generation import Reader, steps
 from peftsurgery.graph.inputs import Array, of_tokens
 from peftsurgery.graph.parity import Runner
+from peftsurgery.graph.sampling import Sampling
 from peftsurgery.graph.signature import GENERATION, SEQ2SEQ, TARGET, Signature
 
 WRITES = frozenset({GENERATION, SEQ2SEQ})
@@ -49,43 +51,50 @@ def agreement(
 
 
 def written(runner: Runner, signature: Signature, rows: Sequence[Sequence[int]], count: int) -> Array:
-    """The likeliest next tokens, (texts, tokens), at least one and as many of `count` as the model has positions for.
-
-    An encoder-decoder begins with the token of padding.
-    """
+    """The likeliest next tokens, (texts, tokens): `count`, or as many as the model has positions for, at least one."""
     feed = of_tokens(signature, rows)
     if signature.task == SEQ2SEQ:
-        return _decoded(runner, feed, signature.pad_id, count)
-    room = signature.longest - feed["input_ids"].shape[1] if signature.longest else count
-    return _continued(runner, feed, max(1, min(count, room)))
+        first, read = np.full((len(rows), 1), signature.start_id), _answering(runner, feed)
+        room = signature.longest or count
+    else:
+        first, read = feed["input_ids"], _continuing(runner, feed)
+        room = signature.longest - first.shape[1] if signature.longest else count
+    return np.stack([*steps(read, first, Sampling(max(1, min(count, room))))], 1)
 
 
-def _decoded(runner: Runner, feed: Mapping[str, Array], start: int, count: int) -> Array:
-    target = np.full((len(feed["input_ids"]), 1), start)
-    for _ in range(count):
-        logits = runner({**feed, TARGET: target})["logits"]
-        target = np.concatenate([target, logits[:, -1:].argmax(-1)], 1)
-    return target[:, 1:]
+def _answering(runner: Runner, feed: Mapping[str, Array]) -> Reader:
+    """The decoder of a runner that takes all of its tokens at every step."""
+    target = np.zeros((len(feed["input_ids"]), 0), np.int64)
+
+    def read(tokens: Array) -> Array:
+        nonlocal target
+        target = np.concatenate([target, tokens], 1)
+        return runner({**feed, TARGET: target})["logits"]
+
+    return read
 
 
-def _continued(runner: Runner, feed: Mapping[str, Array], count: int) -> Array:
-    tokens = []
-    for _ in range(count):
-        given = runner(feed)
-        tokens.append(given["logits"][:, -1].argmax(-1))
-        feed = _next(feed, tokens[-1], given)
-    return np.stack(tokens, 1)
+def _continuing(runner: Runner, feed: Mapping[str, Array]) -> Reader:
+    """A decoder whose runner takes keys and values and gives them."""
+    following = dict(feed)
+
+    def read(tokens: Array) -> Array:
+        nonlocal following
+        given = runner({**following, "input_ids": tokens})
+        following = _next(following, given)
+        return given["logits"]
+
+    return read
 
 
-def _next(feed: Mapping[str, Array], tokens: Array, given: Mapping[str, Array]) -> dict[str, Array]:
+def _next(feed: Mapping[str, Array], given: Mapping[str, Array]) -> dict[str, Array]:
     """The feed of one more token in every row, behind what the step before gave."""
     following = dict(feed)
-    following["input_ids"] = tokens[:, None]
     following["attention_mask"] = np.pad(feed["attention_mask"], ((0, 0), (0, 1)), constant_values=1)
     if "position_ids" in feed:
         following["position_ids"] = feed["position_ids"][:, -1:] + 1
     for name, entry in given.items():
-        if name.startswith(f"{cache.PRESENT}."):
-            past = name.replace(cache.PRESENT, cache.PAST, 1)
+        past = cache.past_of(name)
+        if past != name:
             following[past] = entry.astype(feed[past].dtype)
     return following

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from peftsurgery.graph.cache import PAST, PRESENT
 from peftsurgery.graph.inputs import Array
-from peftsurgery.graph.seq2seq import CROSS, DECODER, ENCODER, MASK, OWN, SINGLE
+from peftsurgery.graph.seq2seq import DECODER, ENCODER, MASK, OWN, SINGLE
 from peftsurgery.graph.session import Feeds, Session
 from peftsurgery.graph.signature import BATCH, TARGET, WRITTEN, Port, Signature
 
@@ -35,31 +34,24 @@ class Pair:
         self.decoder = Session(decoder, providers, threads=threads)
         self.provider = self.decoder.provider
 
-    def read(self, feeds: Feeds) -> dict[str, Array]:
+    def read(self, feeds: Feeds) -> dict[str, Any]:
         """What the decoder needs of the source texts, and an empty past; `input_ids` and `attention_mask` in.
 
-        `last_hidden_state`, which it does not need, comes too.
+        Keys and values stay on the device. `last_hidden_state`, which the decoder does not need, comes too.
         """
-        given = self.encoder.run(feeds)
-        crossed = {word.replace(PRESENT, PAST, 1): value for word, value in given.items() if _is(word, CROSS)}
+        hidden, crossed = self.encoder.step(feeds, {})
         rows = len(feeds["input_ids"])
         empty = {
             word: np.zeros((rows, heads, 0, width), dtype)
             for word, (heads, width, dtype) in self.decoder.past_ports().items()
-            if _is(word, OWN)
+            if f".{OWN}." in word
         }
-        return {
-            **crossed,
-            **empty,
-            MASK: feeds["attention_mask"],
-            "last_hidden_state": given["last_hidden_state"],
-        }
+        return {**crossed, **empty, MASK: feeds["attention_mask"], "last_hidden_state": hidden}
 
-    def write(self, state: Feeds, tokens: Array) -> tuple[Array, dict[str, Array]]:
+    def write(self, state: Mapping[str, Any], tokens: Array) -> tuple[Array, dict[str, Any]]:
         """The logits of the next tokens, (rows, tokens, vocabulary), and the state with them in its past."""
-        given = self.decoder.run({**state, "input_ids": tokens})
-        own = {word.replace(PRESENT, PAST, 1): value for word, value in given.items() if _is(word, OWN)}
-        return given["logits"], {**state, **own}
+        logits, own = self.decoder.step({"input_ids": tokens}, state)
+        return logits, {**state, **own}
 
     def run(self, feeds: Feeds) -> dict[str, Array]:
         """The outputs of the whole model: the decoder reads its input in two steps, so that its past is used."""
@@ -99,14 +91,17 @@ def graphs(place: Path) -> tuple[Path, ...]:
     return (directory / SINGLE,) if directory / SINGLE in found else tuple(found) if len(found) == 2 else ()
 
 
-def opened(files: Sequence[Path]) -> Session | Pair:
+def opened(
+    files: Sequence[Path], providers: Sequence[str] | None = None, *, threads: int = 0
+) -> Session | Pair:
     """What runs the graphs of one model.
+
+    Args:
+        providers, threads: see `Session`.
 
     Raises:
         ExportError: as `Session` does.
     """
-    return Session(files[0]) if len(files) == 1 else Pair(files[0], files[1])
-
-
-def _is(word: str, whose: str) -> bool:
-    return f".{whose}." in word and word.startswith((PAST, PRESENT))
+    if len(files) == 1:
+        return Session(files[0], providers, threads=threads)
+    return Pair(files[0], files[1], providers, threads=threads)

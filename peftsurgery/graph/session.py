@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from peftsurgery.errors import ExportError
 from peftsurgery.graph import cache
-from peftsurgery.graph.signature import BATCH, LENGTH, RECORDED, Port, Signature, longest
+from peftsurgery.graph.limits import longest
+from peftsurgery.graph.signature import BATCH, LENGTH, RECORDED, Port, Signature
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -65,11 +66,13 @@ class Session:
         return dict(zip(outputs, self._session.run(None, given), strict=True))
 
     def step(self, feeds: Feeds, past: Mapping[str, Any]) -> tuple[npt.NDArray[Any], dict[str, Any]]:
-        """The logits of new tokens behind a `past`, and the past of the next step, which stays on the device.
+        """The first output of new tokens behind a `past`, and the others, which stay on the device.
+
+        Keys and values come under the names of the inputs that they are for: they are the past of the next step.
 
         Args:
             feeds: arrays by name; one that the graph does not take is left out.
-            past: by the names of the inputs: arrays, or what the step before gave.
+            past: by the names of the inputs: arrays, or what a step before gave.
         """
         import onnxruntime as ort
 
@@ -84,8 +87,10 @@ class Session:
         for name in names:
             binding.bind_output(name, "cpu" if name == names[0] else device)
         self._session.run_with_iobinding(binding)
-        logits, *present = binding.get_outputs()
-        return logits.numpy(), dict(zip(self.past_ports(), present, strict=True))
+        first, *others = binding.get_outputs()
+        return first.numpy(), {
+            cache.past_of(name): value for name, value in zip(names[1:], others, strict=True)
+        }
 
     def past_ports(self) -> dict[str, tuple[int, int, str]]:
         """For each key and value that goes in: its heads, its head width, its dtype."""
@@ -121,7 +126,8 @@ class Session:
             vocab_size=int(said["vocab_size"]),
             pad_id=pad,
             type_vocab_size=int(said.get("type_vocab_size") or 1),
-            longest=int(said.get("longest", longest(said.get("max_position_embeddings"), pad))),
+            longest=int(said.get("longest", longest(said.get("max_position_embeddings"), pad + 1))),
+            start_id=int(said.get("start_id", said.get("decoder_start_token_id") or pad)),
         )
 
     def _recorded(self) -> dict[str, str]:

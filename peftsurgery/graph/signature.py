@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftsurgery.dtypes import DTYPES
 from peftsurgery.errors import UnsupportedModel, cause, listing
 from peftsurgery.graph import cache
+from peftsurgery.graph.limits import begins_with, longest_of
 from peftsurgery.graph.posture import evaluating
 from peftsurgery.tasks import TASKS, Task, task_of
 from peftsurgery.tasks import task as task_named
@@ -92,6 +93,7 @@ class Signature:
         pad_id: the token id of padding, 0 where the model names none.
         type_vocab_size: token type ids lie in [0, type_vocab_size).
         longest: the longest input that has positions; 0 where there is no bound.
+        start_id: what the decoder of an encoder-decoder begins with.
     """
 
     inputs: tuple[Port, ...]
@@ -101,6 +103,7 @@ class Signature:
     pad_id: int = 0
     type_vocab_size: int = 1
     longest: int = 0
+    start_id: int = 0
 
 
 def signature(model: nn.Module, task: str | None = None) -> Signature:
@@ -138,7 +141,8 @@ def signature(model: nn.Module, task: str | None = None) -> Signature:
         vocab_size=getattr(config, "vocab_size", 0),
         pad_id=pad,
         type_vocab_size=_types(config),
-        longest=longest(getattr(config, "max_position_embeddings", None), pad),
+        longest=longest_of(model),
+        start_id=begins_with(model, pad) if said.name == SEQ2SEQ else 0,
     )
 
 
@@ -169,12 +173,6 @@ def _tokens(model: nn.Module, cached: bool) -> tuple[Port, ...]:
 
 def _types(config: Any) -> int:
     return getattr(config, "type_vocab_size", 2)
-
-
-def longest(positions: int | None, pad_id: int) -> int:
-    """The longest input for so many positions; 0 where there is no bound."""
-    # RoBERTa's positions start after the padding's id, so its last ones are out of reach.
-    return max(0, (positions or 0) - pad_id - 1)
 
 
 def call(model: nn.Module, feeds: Mapping[str, Tensor]) -> Mapping[str, Any]:

@@ -15,7 +15,8 @@ from torch import nn
 
 from peftsurgery.graph import weights
 from peftsurgery.graph.export import trace
-from peftsurgery.graph.generation import Sampling, steps
+from peftsurgery.graph.generation import continuing, steps
+from peftsurgery.graph.sampling import Sampling
 from peftsurgery.graph.session import Session
 from peftsurgery.graph.signature import signature
 from tests.subjects import transformer
@@ -160,5 +161,5 @@ def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
             eos_token_id=None,
             pad_token_id=0,
         )
-    found = np.stack([*steps(Session(path), ids, mask, Sampling(12))], 1)
+    found = np.stack([*steps(continuing(Session(path), mask), ids, Sampling(12))], 1)
     assert found.tolist() == expected[:, 10:].tolist()

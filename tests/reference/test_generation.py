@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 import peftsurgery as ps
 from peftsurgery.errors import AdapterError, ExportError, PlanError
-from peftsurgery.graph.generation import Decoder, Prefix, Sampling, pick
+from peftsurgery.graph.generation import Decoder
+from peftsurgery.graph.prefixes import Prefix
+from peftsurgery.graph.sampling import Sampling, pick
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 STORIES = FIXTURES / "stories260k"

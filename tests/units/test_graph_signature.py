@@ -43,6 +43,17 @@ def test_token_types_are_an_input_only_where_there_are_several() -> None:
     assert signature(roberta).longest == roberta.config.max_position_embeddings - 2
 
 
+@pytest.mark.parametrize(("name", "unused"), [("Bert", 0), ("Electra", 0), ("Roberta", 2), ("MPNet", 2)])
+def test_the_longest_input_is_the_longest_that_runs(name: str, unused: int) -> None:
+    sizes = {**SMALL, "vocab_size": 101, "max_position_embeddings": 24}
+    model = getattr(t, f"{name}Model")(getattr(t, f"{name}Config")(**sizes)).eval()
+    longest = signature(model).longest
+    assert longest == 24 - unused
+    assert model(torch.full((1, longest), 5)).last_hidden_state.isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 5))
+
+
 def test_images_have_the_size_that_the_configuration_says() -> None:
     config = t.ViTConfig(**SMALL, image_size=(8, 12), patch_size=4, num_channels=1, num_labels=5)
     said = signature(t.ViTForImageClassification(config).half(), "image-cls")
