@@ -19,6 +19,7 @@ SurgeryError
 │   ├── NotFoldable
 │   ├── NonFiniteWeight    .tensor
 │   └── UnclaimedSites     .sites .nearest
+├── FleetError       some adapters of many could not be merged, and the others were: .report
 └── ExportError      it cannot be exported, or the export is not the model
     ├── UnsupportedModel
     ├── NotReferable       .reason
@@ -151,6 +152,14 @@ class UnclaimedSites(FoldError):
         super().__init__(message)
         self.sites = tuple(sites)
         self.nearest = tuple(nearest)
+
+
+class FleetError(SurgeryError):
+    """Some adapters of many could not be merged, and the others were; `merge` has its whole report at `report`."""
+
+    def __init__(self, message: str, *, report: object) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class ExportError(SurgeryError):

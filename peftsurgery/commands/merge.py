@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftsurgery.adapter import Adapter, check, rebased
 from peftsurgery.commands.adapter_files import Adapters, gather
+from peftsurgery.commands.adapter_list import listed
 from peftsurgery.commands.companions import carry
+from peftsurgery.commands.fleet import merge_fleet
+from peftsurgery.commands.fleet_pass import Fleet
 from peftsurgery.commands.in_place import merge_in_place
 from peftsurgery.commands.merge_disk import Job, check_apart, merge_disk
 from peftsurgery.commands.provenance import provenance
@@ -28,8 +32,9 @@ if TYPE_CHECKING:
 
 def merge(
     model: nn.Module | str | Path,
-    adapters: Adapters,
+    adapters: Adapters = (),
     *,
+    adapters_from: str | Path | Mapping[str, str | Path] | None = None,
     out: str | Path | None = None,
     weight: Sequence[float] = (),
     in_place: bool = False,
@@ -39,6 +44,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: str | int | None = None,
     device: str = "cpu",
+    share_untouched: bool = False,
     engine: str = "local",
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -53,6 +59,8 @@ def merge(
     Args:
         model: a live module, a model directory, a hub id in the local cache, or an `.onnx` file.
         adapters: one or several: directories, or `Adapter`s.
+        adapters_from: many adapters that are merged each into a model of its own, `out/NAME`: a text file with a line
+            `path` or `name=path` for each, a directory of adapters, or names → directories.
         out: the directory to write (not for a live model).
         in_place: patch the checkpoint's own files instead of writing new ones, and keep what they held in `undo`;
             after a crash the same call, or `unmerge`, makes the checkpoint whole.
@@ -62,31 +70,39 @@ def merge(
         task, dtype: those of the merged model, where they are not the adapter's and the base's.
         max_shard_size: bytes of tensors in a file, as `5GB` or a number; the base's own files by default.
         device: where folding is computed, e.g. `cuda`.
+        share_untouched: do not write weights again that no adapter touches, where the file system can share them:
+            files of the base; of a list of adapters every tensor that some of them leave alone.
         engine: who writes a checkpoint's files: `local`, this process, or `ray`, the nodes of a cluster.
 
     Raises:
         AdapterError, FoldError, PlanError, CheckpointError: inputs and output are as they were.
+        FleetError: some adapters of a list could not be merged, and the others were.
     """
-    given = [check(adapter) for adapter in gather(adapters, weight, allow_pickle=allow_pickle)]
     if in_place or undo is not None:
         _check_in_place(model, in_place, out, untie or dtype is not None or max_shard_size is not None)
-    if engine != "local":
-        _check_written_anew(model, in_place, f"--engine {engine}")
-    touches(*given)  # what does not fold is refused before a model is looked at
+    _check_words(model, adapters, weight, in_place, adapters_from, share_untouched, engine)
+    load = partial(_given, weight=weight, allow_pickle=allow_pickle)
+    given = load(adapters) if adapters_from is None else ()
     if not isinstance(model, str | Path):
         return _merge_live(model, given, untie, listen)
     if in_place:
-        said = provenance(model, given, tuple(touches(*given)), ())
-        return merge_in_place(
-            model, given, undo, said, task=task, trust_remote_code=trust_remote_code, listen=listen
-        )
+        return _merge_in_place(model, given, undo, task, trust_remote_code, listen)
     target = _place(model, out)
     if str(model).endswith(".onnx"):
         return _merge_graph(Path(model), given, target, listen)
     nbytes = nbytes_named(max_shard_size)
-    job = Job(model, tuple(given), target, untie, task, dtype, nbytes, device, trust_remote_code)
+    job = Job(model, given, target, untie, task, dtype, nbytes, device, trust_remote_code, share_untouched)
     with engine_named(engine) as writers:
+        if adapters_from is not None:
+            return merge_fleet(Fleet(listed(adapters_from), job, load), writers, listen)
         return merge_disk(job, writers, listen)
+
+
+def _given(adapters: Adapters, *, weight: Sequence[float], allow_pickle: bool) -> tuple[Adapter, ...]:
+    """The adapters, scaled and checked; what does not fold is refused before a model is looked at."""
+    given = tuple(check(adapter) for adapter in gather(adapters, weight, allow_pickle=allow_pickle))
+    touches(*given)
+    return given
 
 
 def _check_in_place(model: object, in_place: bool, out: object, reshaped: bool) -> None:
@@ -101,18 +117,50 @@ def _check_in_place(model: object, in_place: bool, out: object, reshaped: bool) 
         raise PlanError("A live model is changed in place anyway: call `merge(model, adapter)`.")
 
 
-def _check_written_anew(model: object, in_place: bool, word: str) -> None:
-    if in_place or not isinstance(model, str | Path) or str(model).endswith(".onnx"):
+def _check_words(
+    model: object,
+    adapters: Adapters,
+    weight: Sequence[float],
+    in_place: bool,
+    adapters_from: object,
+    share_untouched: bool,
+    engine: str,
+) -> None:
+    """Refuse words that do not go together."""
+    listed_ones = adapters_from is not None
+    if listed_ones == (isinstance(adapters, Adapter | str | Path) or bool(adapters)):
         raise PlanError(
-            f"`{word}` is for a checkpoint that is written into a new directory: "
-            f"`peftsurgery merge MODEL_DIR ADAPTER -o OUT {word}`. Nothing was changed."
+            "A merge takes adapters, or a list of them with `--adapters-from`: one of the two. Nothing was changed."
         )
+    if listed_ones and len(weight) > 1:
+        raise PlanError("A list of adapters takes one `--weight`, which is that of all. Nothing was changed.")
+    anew = {"--adapters-from": listed_ones, "--share-untouched": share_untouched}
+    for word, said in {**anew, f"--engine {engine}": engine != "local"}.items():
+        if said and (in_place or not isinstance(model, str | Path) or str(model).endswith(".onnx")):
+            raise PlanError(
+                f"`{word}` is for a checkpoint that is written into a new directory. Give the model's directory, "
+                "and that one as `-o OUT`; nothing was changed."
+            )
 
 
-def _merge_live(model: nn.Module, adapters: list[Adapter], untie: bool, listen: Listener) -> Undo:
+def _merge_live(model: nn.Module, adapters: Sequence[Adapter], untie: bool, listen: Listener) -> Undo:
     from peftsurgery.live.merge import merge as merge_live
 
     return merge_live(model, *adapters, untie=untie, listen=listen)
+
+
+def _merge_in_place(
+    model: str | Path,
+    adapters: Sequence[Adapter],
+    undo: str | Path | None,
+    task: str | None,
+    trust_remote_code: bool,
+    listen: Listener,
+) -> Report:
+    said = provenance(model, adapters, tuple(touches(*adapters)), ())
+    return merge_in_place(
+        model, adapters, undo, said, task=task, trust_remote_code=trust_remote_code, listen=listen
+    )
 
 
 def _place(model: str | Path, out: str | Path | None) -> Path:
@@ -123,7 +171,7 @@ def _place(model: str | Path, out: str | Path | None) -> Path:
     return Path(out)
 
 
-def _merge_graph(model: Path, adapters: list[Adapter], out: Path, listen: Listener) -> Report:
+def _merge_graph(model: Path, adapters: Sequence[Adapter], out: Path, listen: Listener) -> Report:
     import peftsurgery.graph.merge as graph_merge
     import peftsurgery.graph.sites as graph_sites
     from peftsurgery.graph import reference, weights

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.commands.companions import carry, merged_config
@@ -17,6 +18,7 @@ from peftsurgery.disk.engines import Engine
 from peftsurgery.disk.locate import locate
 from peftsurgery.disk.merge import Merged, Planned, finished, plan
 from peftsurgery.disk.parts import written
+from peftsurgery.disk.sharing import with_twins
 from peftsurgery.disk.writer import ShardDone
 from peftsurgery.dtypes import dtype_named
 from peftsurgery.errors import PlanError
@@ -35,6 +37,7 @@ class Job:
         task, dtype: those of the merged model, where they are not the adapters' and the base's.
         max_shard_size: bytes of tensors in a file; the base's own files by default.
         device: where folding is computed.
+        share_untouched: whether files of the base that no adapter touches are linked.
     """
 
     model: str | Path
@@ -46,6 +49,7 @@ class Job:
     max_shard_size: int | None = None
     device: str = "cpu"
     trust_remote_code: bool = False
+    share_untouched: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,7 +67,7 @@ class Prepared:
     def plan(self, directory: Path) -> Planned:
         """What is to be written into `directory`, which is the output or becomes it."""
         job, fit = self.job, self.fit
-        return plan(
+        planned = plan(
             self.checkpoint,
             fit.adapters,
             directory,
@@ -73,6 +77,9 @@ class Prepared:
             max_shard_size=job.max_shard_size,
             device=job.device,
         )
+        if job.share_untouched:
+            return replace(planned, tasks=with_twins(planned.tasks, self.checkpoint))
+        return planned
 
 
 def merge_disk(job: Job, engine: Engine, listen: Listener) -> Report:
@@ -80,8 +87,9 @@ def merge_disk(job: Job, engine: Engine, listen: Listener) -> Report:
     prepared = prepare(job)
     with staged(job.out) as directory:
         planned = prepared.plan(directory)
-        done = complete(prepared, planned, directory, written(planned.tasks, engine, listen))
-    return _report(job, done, prepared.fit.blueprint.architecture)
+        files = written(planned.tasks, engine, listen)
+        done = complete(prepared, planned, directory, files)
+    return _report(job, done, files, prepared.fit.blueprint.architecture)
 
 
 def prepare(job: Job) -> Prepared:
@@ -123,7 +131,7 @@ def check_apart(base: Path, out: Path) -> None:
         raise PlanError(f"{out} is the model itself; a merge never overwrites its base. Give another `-o`.")
 
 
-def _report(job: Job, done: Merged, architecture: str) -> Report:
+def _report(job: Job, done: Merged, files: Sequence[ShardDone], architecture: str) -> Report:
     facts = {
         "model": str(job.model),
         "adapters": [adapter.name for adapter in job.adapters],
@@ -131,8 +139,20 @@ def _report(job: Job, done: Merged, architecture: str) -> Report:
         "folded": len(done.folded),
         "added": list(done.added),
         "size": size(done.nbytes),
+        **(shared_facts(files) if job.share_untouched else {}),
         "tensors": list(done.folded),
         "out": str(job.out),
     }
     headline = f"Merged into {len(done.folded)} of {done.num_tensors} tensors."
     return Report("merge", headline, facts, hint=f"peftsurgery export-onnx {job.out} -o ONNX_DIR")
+
+
+def shared_facts(files: Iterable[ShardDone]) -> dict[str, Any]:
+    """What a report says of files that were linked instead of written: bytes, how, and why others were not."""
+    known = list(files)
+    return {
+        "written": size(sum(file.nbytes for file in known if not file.shared)),
+        "shared": size(sum(file.nbytes for file in known if file.shared)),
+        "shared by": sorted({file.shared for file in known if file.shared}),
+        "not shared because": sorted({file.unshared for file in known if file.unshared}),
+    }

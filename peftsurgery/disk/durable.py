@@ -34,7 +34,7 @@ def staged(out: Path) -> Iterator[Path]:
         CheckpointError: `out` is not a new or empty directory (before the block runs), or cannot be written.
     """
     final = out.expanduser().resolve()
-    _check_free(final, out)
+    check_free(final, out)
     temporary = final.with_name(f".{final.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     made = [parent for parent in final.parents if not parent.exists()]
     try:
@@ -46,7 +46,7 @@ def staged(out: Path) -> Iterator[Path]:
             temporary.rename(final)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        _remove_empty(made)
+        remove_empty(made)
         raise
     with writing(out):
         sync_directory(final.parent)
@@ -189,27 +189,33 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def lend(source: Path, target: Path) -> tuple[str, str]:
-    """Give `target` the bytes of `source`, written again only where that cannot be helped.
+    """`link`, or else a `copy`, and the reason for it."""
+    how, why = link(source, target)
+    if how:
+        return how, ""
+    copy_file(source, target)
+    return "copy", why
 
-    What comes back is how, `reflink`, `hard link` or `copy`, and the reason of a copy. A reflink is a file
-    of its own; a hard link is the same file under a second name. A link of a cache is never hard-linked,
-    for what it leads to is the cache's.
+
+def link(source: Path, target: Path) -> tuple[str, str]:
+    """Let `target`, a new file, have the bytes of `source` without writing them.
+
+    What comes back is how, and why not where it cannot be. A `reflink` is a file of its own; a `hard link` is the
+    same file under a second name. A link of a cache is never hard-linked, for what it leads to is the cache's.
 
     Raises:
-        CheckpointError: the file cannot be read or written.
+        CheckpointError: the directory cannot be written.
     """
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     if _reflinked(source, target):
         return "reflink", ""
     if source.is_symlink():
-        copy_file(source, target)
-        return "copy", f"{source.name} is a symbolic link, as in a cache"
+        return "", f"{source.name} is a symbolic link, as in a cache"
     try:
         os.link(source, target)
     except OSError as error:
-        copy_file(source, target)
-        return "copy", OTHER_DISK if error.errno == errno.EXDEV else error.strerror or str(error)
+        return "", OTHER_DISK if error.errno == errno.EXDEV else error.strerror or str(error)
     return "hard link", ""
 
 
@@ -242,7 +248,7 @@ def writing(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_free(final: Path, out: Path) -> None:
+def check_free(final: Path, out: Path) -> None:
     """Refuse an output that holds something, or that a rename could not replace."""
     if not final.exists():
         return
@@ -284,7 +290,8 @@ def sync_directory(path: Path) -> None:
         sync(path)
 
 
-def _remove_empty(directories: Iterable[Path]) -> None:
+def remove_empty(directories: Iterable[Path]) -> None:
+    """Remove directories, the innermost first, as long as they hold nothing."""
     for directory in directories:
         try:
             directory.rmdir()

@@ -130,19 +130,30 @@ def _task(
 
 def _resharded(tasks: Sequence[ShardTask], directory: Path, most: int) -> tuple[ShardTask, ...]:
     """The same pieces in files of at most that many bytes, with transformers' names."""
-    groups: list[list[Piece]] = [[]]
-    room = most
-    for piece in (piece for task in tasks for piece in task.pieces):
-        if groups[-1] and piece.nbytes > room:
+    groups = cut((piece for task in tasks for piece in task.pieces), most)
+    return tuple(
+        replace(tasks[0], file=directory / file, pieces=group)
+        for file, group in zip(file_names(len(groups)), groups, strict=True)
+    )
+
+
+def cut(pieces: Iterable[Piece], most: int) -> list[tuple[Piece, ...]]:
+    """The pieces in files of at most that many bytes, in order; a larger one has a file for itself."""
+    groups: list[list[Piece]] = []
+    room = 0
+    for piece in pieces:
+        if not groups or piece.nbytes > room:
             groups.append([])
             room = most
         groups[-1].append(piece)
         room -= piece.nbytes
-    names = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-    files = [SINGLE] if len(groups) == 1 else names
-    return tuple(
-        replace(tasks[0], file=directory / file, pieces=tuple(group))
-        for file, group in zip(files, groups, strict=True)
+    return [tuple(group) for group in groups]
+
+
+def file_names(count: int) -> list[str]:
+    """What transformers calls that many weight files of a model."""
+    return (
+        [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     )
 
 

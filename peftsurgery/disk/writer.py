@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from peftsurgery.disk.durable import discard, link, writing
 from peftsurgery.disk.jobs import Make, Move, jobs
 from peftsurgery.disk.output import Output, output, put, reserve, sharing
 from peftsurgery.disk.pieces import BLOCK, Piece
@@ -36,6 +37,7 @@ class ShardTask:
         device: where folding is computed.
         measure: whether to tell how far every touched tensor moved.
         threads: how many work on it; they do not change a bit of it.
+        twin: a file that holds these tensors already, whose bytes are shared where the file system can.
     """
 
     file: Path
@@ -45,6 +47,7 @@ class ShardTask:
     device: str = "cpu"
     measure: bool = False
     threads: int = THREADS
+    twin: Path | None = None
 
     @property
     def nbytes(self) -> int:
@@ -59,23 +62,32 @@ class ShardDone:
     Args:
         nbytes: the size of the file.
         tallies: how far every touched tensor moved, where that was asked for.
+        shared: how it has its twin's bytes, `reflink` or `hard link`; empty where it was written.
+        unshared: why its twin's bytes could not be shared.
     """
 
     file: Path
     nbytes: int
     tallies: Mapping[str, Tally]
+    shared: str = ""
+    unshared: str = ""
 
 
 def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
     """Write one safetensors file; under its name it is whole, and on the disk.
 
     What is left alone is moved as bytes, the rest is read, folded and written in blocks, by several threads at a
-    time. Running it again writes the same file again.
+    time. Running it again writes the same file again. Of a twin nothing is written where its bytes can be shared.
 
     Raises:
         CheckpointError: a file cannot be read or written.
         NonFiniteWeight: folding gave a NaN or an infinity.
     """
+    how, why = _shared(task)
+    if how:
+        for event in told(task):
+            listen(event)
+        return ShardDone(task.file, task.file.stat().st_size, {}, shared=how)
     tallies: dict[str, Tally] = defaultdict(Tally)
     with output(task.file, task.mode) as out, workers(task.threads) as pool:
         head = header(task.pieces, task.metadata, _skew(task.pieces, out))
@@ -90,7 +102,19 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
                 tallies[job.piece.name] += found
             _tell(events, job.start + job.nbytes, listen)
         _tell(events, size, listen)
-    return ShardDone(task.file, size, dict(tallies))
+    return ShardDone(task.file, size, dict(tallies), unshared=why)
+
+
+def _shared(task: ShardTask) -> tuple[str, str]:
+    """How the file has its twin's bytes now; or why it has not."""
+    if task.twin is None:
+        return "", ""
+    discard(task.file)
+    how, why = link(task.twin, task.file)
+    if how == "reflink" and task.mode is not None:
+        with writing(task.file):
+            task.file.chmod(task.mode)
+    return how, why
 
 
 def _run(job: Move | Make, *, out: Output, device: str, measure: bool) -> Tally:

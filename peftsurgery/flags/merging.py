@@ -24,6 +24,17 @@ merge_options = together(
     ),
     click.option("--device", default="cpu", show_default=True, help="Where folding is computed, e.g. cuda."),
     click.option(
+        "--adapters-from",
+        metavar="LIST",
+        type=click.Path(),
+        help="Merge each adapter of a list (lines `path` or `name=path`), or of a directory, into OUT/NAME.",
+    ),
+    click.option(
+        "--share-untouched",
+        is_flag=True,
+        help="Do not write weights again that no adapter touches: link them.",
+    ),
+    click.option(
         "--engine",
         type=click.Choice(["local", "ray"]),
         default="local",

@@ -1,0 +1,143 @@
+"""merge --adapters-from: many adapters into one base, a model of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from peftsurgery.commands.adapter_list import Entry
+from peftsurgery.commands.fleet_pass import Fleet, Outcome, one_pass
+from peftsurgery.commands.merge_disk import shared_facts
+from peftsurgery.commands.report import Report, size
+from peftsurgery.disk.checkpoint import open_checkpoint
+from peftsurgery.disk.durable import check_free, remove_empty
+from peftsurgery.disk.engines import Engine
+from peftsurgery.disk.locate import locate
+from peftsurgery.disk.sharing import STORE, Sharing, groups, untouched
+from peftsurgery.errors import FleetError, PlanError, SurgeryError, listing
+from peftsurgery.events import Event, Listener
+
+TOGETHER, ROOM = 16, 256 << 20
+"""How many models are written in one pass over the base at most, and the bytes of their adapters' files."""
+SHOWN = 3
+"""Of how many adapters that failed the message tells why; the report tells it of all."""
+
+
+def merge_fleet(fleet: Fleet, engine: Engine, listen: Listener) -> Report:
+    """Merge every adapter into a model of its own; what keeps one from it does not keep the others.
+
+    Raises:
+        FleetError: some could not be merged; it has the whole report.
+        PlanError, CheckpointError: none can be; nothing is written.
+    """
+    _check_places(fleet)
+    made = [path for path in (fleet.job.out, *fleet.job.out.parents) if not path.exists()]
+    sharing = _sharing(fleet) if fleet.job.share_untouched else None
+    try:
+        outcomes = _outcomes(fleet, sharing, engine, listen)
+        return _told(fleet, outcomes, sharing.nbytes if sharing else 0)
+    finally:
+        if sharing is not None:
+            sharing.prune()
+        remove_empty(made)
+
+
+def _outcomes(fleet: Fleet, sharing: Sharing | None, engine: Engine, listen: Listener) -> list[Outcome]:
+    """What became of every adapter, in their order."""
+    found: dict[str, Outcome] = {}
+    for entries in _passes(fleet.entries):
+        for outcome in one_pass(fleet, entries, sharing, engine, listen):
+            found[outcome.entry.name] = outcome
+            listen(Event("merge", outcome.entry.name, len(found), len(fleet.entries), outcome.written))
+    return [found[entry.name] for entry in fleet.entries]
+
+
+def _check_places(fleet: Fleet) -> None:
+    """Refuse, before anything is written, a model's place that is taken."""
+    taken = []
+    for entry in fleet.entries:
+        out = fleet.job.out / entry.name
+        try:
+            check_free(out.expanduser().resolve(), out)
+        except SurgeryError:
+            taken.append(entry.name)
+    if taken:
+        raise PlanError(
+            f"{fleet.job.out} holds {listing(taken)} already. Take them from the list, or give another `-o`; "
+            "nothing was written."
+        )
+
+
+def _sharing(fleet: Fleet) -> Sharing:
+    """The layout in which every tensor that some models leave alone is written once."""
+    found = []
+    for entry in fleet.entries:
+        with suppress(SurgeryError):  # it will be told when its turn comes
+            found.append(untouched(fleet.prepared(entry).plan(fleet.job.out).tasks))
+    shards = open_checkpoint(locate(fleet.job.model)).shards
+    largest = max(sum(stored.nbytes for stored in shard.tensors) for shard in shards)
+    return Sharing(fleet.job.out / STORE, groups(found), fleet.job.max_shard_size or largest)
+
+
+def _passes(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """As many together as memory is meant to hold."""
+    some: list[Entry] = []
+    room = ROOM
+    for entry in entries:
+        nbytes = _nbytes(entry.path)
+        if some and (len(some) == TOGETHER or nbytes > room):
+            yield some
+            some, room = [], ROOM
+        some.append(entry)
+        room -= nbytes
+    yield some
+
+
+def _nbytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+
+
+def _told(fleet: Fleet, outcomes: Sequence[Outcome], common: int) -> Report:
+    """The report; `common` is the size of the files that models share."""
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    names = [outcome.entry.name for outcome in failed]
+    facts = {
+        "model": str(fleet.job.model),
+        "merged": len(outcomes) - len(failed),
+        "failed": names,
+        **shared_facts(file for outcome in outcomes for file in outcome.files),
+        "written": size(common + sum(outcome.written for outcome in outcomes)),
+        "out": str(fleet.job.out),
+        "models": [_said(outcome) for outcome in outcomes],
+    }
+    headline = f"Merged {facts['merged']} of {len(outcomes)} adapters into models of their own."
+    report = Report("merge", headline, facts, table=_table(outcomes))
+    if failed:
+        raise FleetError(
+            f"{listing(names)} of {len(outcomes)} adapters could not be merged, and the others were. "
+            + " ".join(f"{outcome.entry.name}: {outcome.error}" for outcome in failed[:SHOWN]),
+            report=report,
+        )
+    return report
+
+
+def _said(outcome: Outcome) -> dict[str, object]:
+    return {
+        "name": outcome.entry.name,
+        "adapter": str(outcome.entry.path),
+        "folded": outcome.folded,
+        "written": outcome.written,
+        "shared": outcome.shared,
+        "error": None if outcome.error is None else str(outcome.error),
+    }
+
+
+def _table(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    rows = [
+        (one.entry.name, str(one.folded), size(one.written), size(one.shared))
+        if one.error is None
+        else (one.entry.name, "failed", "", "")
+        for one in outcomes
+    ]
+    return [("model", "folded", "written", "shared"), *rows]
