@@ -13,6 +13,7 @@ from peftsurgery.commands.copied import INLINE, export_copied
 from peftsurgery.commands.exporting import Order
 from peftsurgery.commands.prefixed import BAKED, FILE
 from peftsurgery.commands.report import Report
+from peftsurgery.dtypes import dtype_named
 from peftsurgery.errors import NotReferable, PlanError
 from peftsurgery.events import Listener, ignore
 from peftsurgery.reading import AS_PEFT, Reading
@@ -37,6 +38,7 @@ def export_onnx(
     reading: Reading = AS_PEFT,
     weights: str | None = None,
     prefix: str = BAKED,
+    dtype: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -61,6 +63,7 @@ def export_onnx(
             into the graph. By default by reference, and copied where that cannot be; the report says why.
         prefix: what becomes of a decoder's soft prompt: `baked` into the graph, whose inputs speak of the caller's
             own tokens alone, or a `file`, `prefix.safetensors`, that a session feeds to the graph of the base.
+        dtype: `float32`, `float16` or `bfloat16`, of weights, keys, values and logits; the model's own by default.
 
     Raises:
         UnsupportedModel: no export for this architecture or task.
@@ -82,6 +85,7 @@ def export_onnx(
         trust_remote_code,
         prefix,
         weights,
+        dtype_named(dtype),
     )
     _check_words(order)
     return _export(order, listen)

@@ -23,6 +23,7 @@ from peftsurgery.disk.locate import locate
 from peftsurgery.live import soft
 from peftsurgery.live.active import canonical_name
 from peftsurgery.live.blueprint import classes
+from peftsurgery.live.precision import coarsest, exact
 from peftsurgery.reading import Reading
 
 if TYPE_CHECKING:
@@ -49,11 +50,17 @@ class Order:
     trust_remote_code: bool
     prefix: str
     weights: str | None
+    dtype: torch.dtype | None = None
 
     @property
-    def worn(self) -> tuple[list[Adapter], bool, str | None, bool, Reading]:
+    def worn(self) -> tuple[list[Adapter], bool, str | None, bool, Reading, torch.dtype | None]:
         """What `operated` takes beside the model."""
-        return self.adapters, self.factored, self.task, self.trust_remote_code, self.reading
+        return self.adapters, self.factored, self.task, self.trust_remote_code, self.reading, self.dtype
+
+    @property
+    def dtype_word(self) -> str | None:
+        """The dtype's word, as config.json spells it."""
+        return None if self.dtype is None else str(self.dtype).removeprefix("torch.")
 
     @property
     def merged(self) -> list[str]:
@@ -129,11 +136,12 @@ def companions(order: Order, live: nn.Module, directory: Path) -> None:
     if isinstance(order.model, str | Path):
         source = locate(order.model)
         carry(source, directory)
-        said = merged_config(source, type(live).__name__, classes(live), dtype=None, untied=False)
+        said = merged_config(source, type(live).__name__, classes(live), dtype=order.dtype_word, untied=False)
         write_json(directory / "config.json", said)
         return
     own: Any = live
-    write_json(directory / "config.json", own.config.to_dict())
+    said = own.config.to_dict()
+    write_json(directory / "config.json", {**said, "dtype": order.dtype_word or said.get("dtype")})
     if own.can_generate():
         write_json(directory / "generation_config.json", own.generation_config.to_dict())
 
@@ -141,19 +149,24 @@ def companions(order: Order, live: nn.Module, directory: Path) -> None:
 def verified(live: nn.Module, order: Order, made: Traced, graphs: Sequence[Path]) -> Parity:
     """The comparison of what is in the files of one model's graphs with the live model.
 
+    Torch computes in float32, from the weights as they were rounded: what is compared with is what the weights mean,
+    and no other rounding of it.
+
     Raises:
         ParityError: they do not agree.
     """
     from peftsurgery.graph import parity
     from peftsurgery.graph.pair import opened
 
-    dtype = next(live.parameters()).dtype
-    with plain(live, order.task, {**made.prefix, **made.apart}, form=order.prefix) as bare:
+    runner = opened(graphs)
+    own = parity.tolerance(coarsest(live), widened=runner.widened)
+    prefix = {**made.prefix, **made.apart}
+    with exact(live), plain(live, order.task, prefix, form=order.prefix) as bare:
         found = parity.compare(
-            opened(graphs),
+            runner,
             parity.torch_runner(live, bare.signature, bare.prefix),
-            bare.signature,
-            tolerance=parity.tolerance(dtype) if order.tolerance is None else order.tolerance,
+            made.signature,
+            accepted=own if order.tolerance is None else parity.Tolerance(order.tolerance),
         )
     return parity.check(found)
 

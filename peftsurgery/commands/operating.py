@@ -9,12 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from peftsurgery.adapter import Adapter, bake
 from peftsurgery.commands.fitting import common_task, labels
 from peftsurgery.disk.locate import locate
 from peftsurgery.errors import PlanError
 from peftsurgery.live import pretrained, soft, surgery
 from peftsurgery.live.merge import merge as merge_live
+from peftsurgery.live.precision import convert
 from peftsurgery.method import TokenMethod, WeightMethod
 from peftsurgery.reading import AS_PEFT, Reading
 from peftsurgery.tasks import task as task_named
@@ -33,23 +36,34 @@ def operated(
     task: str | None,
     trust: bool,
     reading: Reading = AS_PEFT,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[nn.Module]:
     """The live model with the adapters merged or, factored, grafted; a live one is as before afterwards.
 
     Virtual tokens, bottlenecks and fusions have no weight to be merged into: they are grafted in either case,
     the tokens baked.
+
+    Args:
+        dtype: what its parameters are rounded to, once: what is merged is merged in float32 before. Their own
+            by default.
     """
     _check_reading(adapters, reading)
     live = loaded(model, adapters, task, trust) if isinstance(model, str | Path) else model
     merged = [] if factored else [adapter for adapter in adapters if not stays(adapter)]
     undo: list[Callable[[], object]] = []
     try:
+        if merged and dtype is not None and any(p.dtype != dtype for p in live.parameters()):
+            widen = convert(live, torch.float32)  # so that what is merged is rounded once
+            undo += [widen] if live is model else []
         if merged:
             undo.append(merge_live(live, *merged))
         for adapter in (adapter for adapter in adapters if adapter not in merged):
             way = reading if _has_tokens(adapter) else AS_PEFT
             surgery.inject(live, bake(adapter), trainable=False, reading=way)
             undo.append(partial(surgery.remove, live, adapter.name))
+        if dtype is not None:
+            narrow = convert(live, dtype)
+            undo += [narrow] if live is model else []
         yield live
     finally:
         for step in reversed(undo):

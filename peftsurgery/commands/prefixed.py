@@ -73,7 +73,7 @@ def computed(live: nn.Module) -> dict[str, Tensor]:
         if found:
             expected = _row(live, {})
             with silenced(live):
-                _check(_row(live, found), expected)
+                _check(_row(live, found), expected, next(iter(found.values())).dtype)
     return found
 
 
@@ -101,10 +101,10 @@ def _row(live: nn.Module, prefix: Mapping[str, Tensor]) -> Tensor:
     return logits[:, -5:].float()
 
 
-def _check(found: Tensor, expected: Tensor) -> None:
+def _check(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
     from peftsurgery.graph.parity import tolerance
 
-    apart, allowed = float((found - expected).abs().max()), tolerance(torch.float32)
+    apart, allowed = float((found - expected).abs().max()), tolerance(dtype).absolute
     if apart > allowed * max(1.0, float(expected.abs().max())):
         raise ParityError(
             f"Behind its keys and values the model gives logits that are {apart:.3g} off those with its virtual "

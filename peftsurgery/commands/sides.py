@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from peftsurgery.commands.operating import operated
 from peftsurgery.commands.prefixed import plain
 from peftsurgery.disk.checkpoint import INDEX, SINGLE
 from peftsurgery.disk.locate import locate
+from peftsurgery.live.precision import coarsest, exact
 from peftsurgery.reading import Reading
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Side:
         name: what to call it.
         run: from inputs by name to outputs by name.
         signature: its inputs and outputs.
-        dtype: what it computes in.
+        dtype: that of its weights, which a graph computes in too.
         home: the directory that it comes from, where a tokenizer may be.
         live: the module, where it is one.
     """
@@ -75,7 +76,7 @@ def holds_checkpoint(model: nn.Module | str | Path) -> bool:
 
 @contextmanager
 def opened_model(model: nn.Module | str | Path, worn: Worn) -> Iterator[Side]:
-    """A live model or a model directory as a side; a live one is as before afterwards.
+    """A live model or a model directory as a side, computing in float32; a live one is as before afterwards.
 
     Raises:
         UnsupportedModel, PlanError, AdapterError, CheckpointError.
@@ -83,8 +84,11 @@ def opened_model(model: nn.Module | str | Path, worn: Worn) -> Iterator[Side]:
     from peftsurgery.graph import parity
 
     words = worn.adapters, True, worn.task, worn.trust_remote_code, worn.reading
-    with operated(model, *words) as live, plain(live, worn.task) as bare:
-        dtype = next(p.dtype for p in live.parameters() if p.is_floating_point())
+    with ExitStack() as stack:
+        live = stack.enter_context(operated(model, *words))
+        dtype = coarsest(live)
+        stack.enter_context(exact(live))
+        bare = stack.enter_context(plain(live, worn.task))
         run = parity.torch_runner(live, bare.signature, bare.prefix)
         home = locate(model) if isinstance(model, str | Path) else None
         name = str(model) if isinstance(model, str | Path) else type(model).__name__

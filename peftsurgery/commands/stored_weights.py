@@ -66,7 +66,7 @@ def base_of(order: Order, source: nn.Module | str | Path) -> Base:
     checkpoint = open_checkpoint(locate(source))
     model = hollow(
         checkpoint.path,
-        _dtype(checkpoint, order.trust_remote_code),
+        order.dtype or _dtype(checkpoint, order.trust_remote_code),
         task=common_task(order.adapters, order.task),
         labels=labels(order.adapters),
         trust_remote_code=order.trust_remote_code,

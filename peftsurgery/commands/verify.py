@@ -154,13 +154,13 @@ def _compared(
     said = _shared(left, right)
     homes = dict.fromkeys(side.home for side in (right, left) if side.home is not None)
     rows = spoken.rows(texts, homes, said.vocab_size)
-    widest = max(parity.tolerance(side.dtype) for side in (left, right))
+    widest = max((parity.tolerance(side.dtype) for side in (left, right)), key=lambda one: one.of(1))
     found = parity.compare(
         left.run,
         right.run,
         said,
         batches=[of_tokens(said, batch) for batch in spoken.batches(rows)],
-        tolerance=widest if tolerance is None else tolerance,
+        accepted=widest if tolerance is None else parity.Tolerance(tolerance),
     )
     return found, _written(left, right, said, rows, new_tokens), len(rows)
 
@@ -197,6 +197,7 @@ def _judged(left: Side, right: Side, found: Parity, wrote: Agreement | None, cou
         "model": left.name,
         "against": right.name,
         "provider": found.provider,
+        **({"remark": found.remark} if found.remark else {}),
         "dtypes": [str(side.dtype).removeprefix("torch.") for side in (left, right)],
         "tolerance": found.tolerance,
         "texts": count,

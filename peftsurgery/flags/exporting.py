@@ -21,6 +21,11 @@ export_options = together(
         help="A factor for each adapter's effect, in their order.",
     ),
     click.option("--task", help="The task, e.g. seq-cls, where the checkpoint does not say it."),
+    click.option(
+        "--dtype",
+        type=click.Choice(["float32", "float16", "bfloat16"]),
+        help="Of weights, keys, values and logits; the model's own by default.",
+    ),
     click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset."),
     click.option(
         "--no-verify",
@@ -30,7 +35,11 @@ export_options = together(
         flag_value=False,
         help="Do not compare with torch.",
     ),
-    click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32."),
+    click.option(
+        "--tolerance",
+        type=float,
+        help="Largest absolute difference allowed; 1e-4 for float32, 8 steps of a half.",
+    ),
     click.option(
         "--weights",
         type=click.Choice(["reference", "copy", "inline"]),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.errors import ExportError, UnsupportedModel, cause
-from peftsurgery.graph import cache, passes, reference, sites, virtual
+from peftsurgery.graph import cache, passes, precision, reference, sites, virtual
 from peftsurgery.graph.inputs import as_torch, sample
 from peftsurgery.graph.posture import eager, evaluating
 from peftsurgery.graph.reference import Held
@@ -96,6 +96,7 @@ def trace(
         graph, {*parameters, *(prefix or {})}, bake=partial(virtual.bake, tables=tables, tokens=tokens or {})
     )
     reference.read_as_stored(graph)
+    precision.finite(graph)
     _dress(graph, signature)
     _record(graph, signature)
     sites.alias(graph, parameters)

@@ -32,7 +32,8 @@ class Pair:
     ) -> None:
         self.encoder = Session(encoder, providers, threads=threads)
         self.decoder = Session(decoder, providers, threads=threads)
-        self.provider = self.decoder.provider
+        self.provider, self.remark = self.decoder.provider, self.decoder.remark
+        self.widened = self.decoder.widened
 
     def read(self, feeds: Feeds) -> dict[str, Any]:
         """What the decoder needs of the source texts, and an empty past; `input_ids` and `attention_mask` in.
@@ -42,8 +43,8 @@ class Pair:
         hidden, crossed = self.encoder.step(feeds, {})
         rows = len(feeds["input_ids"])
         empty = {
-            word: np.zeros((rows, heads, 0, width), dtype)
-            for word, (heads, width, dtype) in self.decoder.past_ports().items()
+            word: np.zeros((rows, heads, 0, width), np.float32)
+            for word, (heads, width) in self.decoder.past_ports().items()
             if f".{OWN}." in word
         }
         return {**crossed, **empty, MASK: feeds["attention_mask"], "last_hidden_state": hidden}

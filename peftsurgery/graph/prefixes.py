@@ -15,12 +15,12 @@ Prefix = Mapping[str, Array]
 
 
 def first_past(
-    ports: Mapping[str, tuple[int, int, str]], rows: int, prefixes: Sequence[Prefix | None]
+    ports: Mapping[str, tuple[int, int]], rows: int, prefixes: Sequence[Prefix | None]
 ) -> tuple[dict[str, Array], Array]:
     """The past that texts begin with, and its mask, (rows, longest prefix): padded on the left.
 
     Args:
-        ports: for each key and value that goes in, its heads, its head width and its dtype.
+        ports: for each key and value that goes in, its heads and its head width.
         prefixes: one for each row; none for no row.
 
     Raises:
@@ -35,8 +35,8 @@ def first_past(
     lengths = [0 if prefix is None else _length(prefix, len(ports)) for prefix in given]
     seen = np.arange(max(lengths))[::-1] < np.array(lengths)[:, None]
     past = {}
-    for name, (heads, width, dtype) in ports.items():
-        past[name] = np.zeros((rows, heads, max(lengths), width), dtype)
+    for name, (heads, width) in ports.items():
+        past[name] = np.zeros((rows, heads, max(lengths), width), np.float32)
         for row, prefix in enumerate(given):
             if prefix is not None:
                 past[name][row, :, max(lengths) - lengths[row] :] = _entry(prefix, name, heads, width)

@@ -9,19 +9,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
 from peftsurgery.errors import ExportError
-from peftsurgery.graph import cache
+from peftsurgery.graph import cache, precision
 from peftsurgery.graph.limits import longest
 from peftsurgery.graph.signature import BATCH, LENGTH, RECORDED, Port, Signature
+from peftsurgery.graph.values import array, held
 
 Feeds = Mapping[str, npt.NDArray[Any]]
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 WORDS = {"cpu": CPU, "cuda": CUDA}
 ERRORS, FATAL, USUAL = 3, 4, 2
 """ONNX Runtime's log levels."""
+FOLDER = "session.model_external_initializers_file_folder_path"
+"""Where a graph that comes as bytes finds its weights."""
+WIDENED = "ONNX Runtime's CPU has no bfloat16 arithmetic: it ran in float32, from the bfloat16 weights."
 
 
 class Session:
@@ -35,7 +38,8 @@ class Session:
 
     Attributes:
         provider: where it really runs, in ONNX Runtime's word.
-        remark: why it does not run on CUDA, where the installed ONNX Runtime could.
+        remark: why it does not run on CUDA, where the installed ONNX Runtime could, or not in the graph's dtype.
+        widened: whether it runs in float32, because ONNX Runtime's CPU has no bfloat16.
 
     Raises:
         ExportError: a provider that was asked for does not work here, or ONNX Runtime refuses the graph.
@@ -43,27 +47,31 @@ class Session:
 
     def __init__(self, path: Path | str, providers: Sequence[str] | None = None, *, threads: int = 0) -> None:
         wanted = _asked(providers) if providers else _default()
-        self._session, said = _open(path, wanted, threads)
+        self._session, said, self.widened = _open(Path(path), wanted, threads)
         self.provider: str = self._session.get_providers()[0]
-        self.remark = "" if self.provider == wanted[0] else _unloaded(wanted[0], said)
-        if providers and self.remark:
-            raise ExportError(self.remark)
+        unloaded = "" if self.provider == wanted[0] else _unloaded(wanted[0], said)
+        if providers and unloaded:
+            raise ExportError(unloaded)
+        self.remark = " ".join(filter(None, [unloaded, WIDENED if self.widened else ""]))
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
-        """The outputs by name; a feed that the graph does not take is left out.
+        """The outputs by name; a feed that the graph does not take is left out, and a float gets its port's dtype.
+
+        numpy has no bfloat16: what comes out in it is float32 here, which holds it exactly.
 
         Raises:
             ExportError: an input of the graph is not fed.
         """
-        names = [port.name for port in self._session.get_inputs()]
-        lost = [name for name in names if name not in feeds]
+        ports = self._session.get_inputs()
+        lost = [port.name for port in ports if port.name not in feeds]
         if lost:
             raise ExportError(
                 f"The graph takes {lost[0]!r}, and the feeds are {', '.join(feeds)}. Feed it too."
             )
-        given = {name: np.ascontiguousarray(feeds[name]) for name in names}
+        given = {port.name: held(feeds[port.name], port.type) for port in ports}
         outputs = [port.name for port in self._session.get_outputs()]
-        return dict(zip(outputs, self._session.run(None, given), strict=True))
+        found = self._session.run_with_ort_values(None, given)
+        return {name: array(value) for name, value in zip(outputs, found, strict=True)}
 
     def step(self, feeds: Feeds, past: Mapping[str, Any]) -> tuple[npt.NDArray[Any], dict[str, Any]]:
         """The first output of new tokens behind a `past`, and the others, which stay on the device.
@@ -78,29 +86,30 @@ class Session:
 
         device = "cuda" if self.provider == CUDA else "cpu"
         binding, given = self._session.io_binding(), {**feeds, **past}
-        for port in self._session.get_inputs():
-            value = given[port.name]
-            if not isinstance(value, ort.OrtValue):
-                value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), device, 0)
-            binding.bind_ortvalue_input(port.name, value)
+        bound = {  # held until the run is over: a value made of an array does not keep it
+            port.name: value if isinstance(value := given[port.name], ort.OrtValue) else held(value, port.type)
+            for port in self._session.get_inputs()
+        }
+        for name, value in bound.items():
+            binding.bind_ortvalue_input(name, value)
         names = [port.name for port in self._session.get_outputs()]
         for name in names:
             binding.bind_output(name, "cpu" if name == names[0] else device)
         self._session.run_with_iobinding(binding)
         first, *others = binding.get_outputs()
-        return first.numpy(), {
+        return array(first), {
             cache.past_of(name): value for name, value in zip(names[1:], others, strict=True)
         }
 
-    def past_ports(self) -> dict[str, tuple[int, int, str]]:
-        """For each key and value that goes in: its heads, its head width, its dtype."""
+    def past_ports(self) -> dict[str, tuple[int, int]]:
+        """For each key and value that goes in: its heads and its head width."""
         return self._past
 
     @cached_property
-    def _past(self) -> dict[str, tuple[int, int, str]]:
+    def _past(self) -> dict[str, tuple[int, int]]:
         # Kept, for every step of a text asks for it.
         ports = (_port(port, {}) for port in self._session.get_inputs())
-        return {p.name: (int(p.axes[1]), int(p.axes[3]), p.dtype) for p in ports if cache.is_cached([p.name])}
+        return {p.name: (int(p.axes[1]), int(p.axes[3])) for p in ports if cache.is_cached([p.name])}
 
     def __call__(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         return self.run(feeds)
@@ -158,7 +167,8 @@ def _asked(words: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _open(path: Path | str, wanted: list[str], threads: int) -> tuple[Any, str]:
+def _open(path: Path, wanted: list[str], threads: int) -> tuple[Any, str, bool]:
+    """The session, what ONNX Runtime printed, and whether it runs in float32 for want of bfloat16."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -169,12 +179,22 @@ def _open(path: Path | str, wanted: list[str], threads: int) -> tuple[Any, str]:
             # Finds the libraries in the wheels that `onnxruntime-gpu[cuda,cudnn]` brings, and those of torch.
             ort.preload_dlls()
         try:
-            return ort.InferenceSession(str(path), options, providers=wanted), said.getvalue()
+            return ort.InferenceSession(str(path), options, providers=wanted), said.getvalue(), False
         except Exception as error:  # ONNX Runtime's errors have no public base
+            if "NOT_IMPLEMENTED" in str(error) and CPU in wanted and precision.is_bfloat16(path):
+                return _widened(path, options), said.getvalue(), True
             raise ExportError(
                 f"ONNX Runtime refuses {path}: {_first(str(error))} "
                 "Name another provider, or export in float32."
             ) from error
+
+
+def _widened(path: Path, options: Any) -> Any:
+    """The graph on the CPU, which has no bfloat16 operations, in float32 with the same weights."""
+    import onnxruntime as ort
+
+    options.add_session_config_entry(FOLDER, str(path.resolve().parent))
+    return ort.InferenceSession(precision.widened(path), options, providers=[CPU])
 
 
 @contextmanager

@@ -96,8 +96,9 @@ def refill(model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> No
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 # The old one is held, for an address that is free again may be another's.
-                pair = made.setdefault(id(parameter), (parameter, make(parameter)))
-                module._parameters[name] = pair[1]
+                if id(parameter) not in made:
+                    made[id(parameter)] = (parameter, make(parameter))
+                module._parameters[name] = made[id(parameter)][1]
 
 
 def fill(model: nn.Module, values: Mapping[str, Tensor]) -> None:

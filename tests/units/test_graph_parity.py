@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from peftsurgery.errors import ParityError
 from peftsurgery.graph.inputs import SHAPES, generated
-from peftsurgery.graph.parity import check, compare, tolerance, torch_runner
+from peftsurgery.graph.parity import Tolerance, check, compare, tolerance, torch_runner
 from peftsurgery.graph.signature import BATCH, LENGTH, Port, Signature, signature
 from tests.units.graphs import bert
 
@@ -77,7 +77,7 @@ def test_what_is_not_finite_is_infinitely_far(value: float) -> None:
     spoilt = moved(lambda s, f: np.where(np.arange(s.shape[1])[:, None] == 0, value, s))
     for pair in ((spoilt, per_token), (per_token, spoilt)):
         with pytest.raises(ParityError):
-            check(compare(*pair, TOKENS, tolerance=1e9))
+            check(compare(*pair, TOKENS, accepted=Tolerance(1e9)))
 
 
 def test_missing_and_misshapen_outputs() -> None:
@@ -112,7 +112,11 @@ def test_spans_are_decided_along_the_attended_tokens() -> None:
 
 def test_tolerance_grows_as_the_dtype_shrinks() -> None:
     found = [tolerance(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
-    assert found == sorted(found) and found[0] == 1e-4
+    assert [one.of(1.0) for one in found] == sorted(one.of(1.0) for one in found)
+    assert [one.of(20.0) / one.of(1.0) for one in found] == [1, 20, 20], (
+        "a half rounds by the size of its numbers"
+    )
+    assert found[0].of(1e3) == 1e-4
 
 
 @given(

@@ -1,0 +1,110 @@
+"""Half precision: near torch in float32 from the same rounded weights, and finite where a row sees nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+
+import peftsurgery as ps
+from peftsurgery.graph import parity, weights
+from peftsurgery.graph.export import trace
+from peftsurgery.graph.session import Session
+from peftsurgery.graph.signature import signature
+from peftsurgery.live.precision import coarsest, convert, exact
+from tests.cli.conftest import adapter_for
+from tests.reference.test_export_decoders import CASES, SIZES
+from tests.subjects import transformer
+
+BERT = BertConfig(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=99
+)
+HALVES = [
+    ("LlamaForCausalLM", torch.float16),
+    ("BloomForCausalLM", torch.float16),
+    ("GPT2LMHeadModel", torch.bfloat16),
+]
+
+
+def made(name: str, **changes: object) -> nn.Module:
+    return transformer(name, {**SIZES, **CASES[name], **changes}, spread=0.1)
+
+
+def saved(model: nn.Module, directory: Path, inline: int = weights.INLINE) -> Session:
+    weights.save(trace(model, signature(model)), directory, inline=inline)
+    return Session(directory / "model.onnx", ["cpu"], threads=1)
+
+
+@pytest.mark.parametrize(("name", "dtype"), HALVES, ids=str)
+def test_a_half_is_near_float32_from_the_same_weights(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = made(name)
+    convert(model, dtype)
+    said, session = signature(model), saved(model, tmp_path, inline=0)
+    assert {port.dtype for port in said.outputs} == {str(dtype).removeprefix("torch.")}
+    assert session.widened == (dtype is torch.bfloat16)
+    with exact(model):
+        reference = parity.torch_runner(model, signature(model))
+        accepted = parity.tolerance(dtype, widened=session.widened)
+        found = parity.check(parity.compare(session, reference, said, accepted=accepted))
+    assert 0 < found.max_abs_diff / found.worst.scale < 2 * torch.finfo(dtype).eps
+    assert coarsest(model) is dtype
+
+
+def test_a_row_that_sees_nothing_is_finite_in_float16(tmp_path: Path) -> None:
+    """Scores below -16 at padding, where the least float16 as a mask would overflow and its NaN reach every token."""
+    model = made("LlamaForCausalLM", num_hidden_layers=2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(60)
+            layer.self_attn.k_proj.weight.copy_(-layer.self_attn.q_proj.weight[:16])
+    convert(model, torch.float16)
+    session = saved(model, tmp_path)
+    mask = np.array([[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]])
+    ids = np.array([[0, 0, 0, 7, 8], [3, 4, 5, 7, 8]])
+    past = {name: np.zeros((2, 2, 0, 8)) for name in session.past_ports()}
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    found = session({"input_ids": ids, "attention_mask": mask, "position_ids": positions, **past})
+    assert all(np.isfinite(output).all() for output in found.values())
+    least = [t for t in onnx.load(tmp_path / "model.onnx").graph.initializer if t.data_type == 10]
+    assert all(
+        np.isfinite(array := onnx.numpy_helper.to_array(t)).all() and array.min() > -65504 for t in least
+    )
+
+
+def test_what_is_merged_is_rounded_once(tmp_path: Path) -> None:
+    BertModel(BERT).save_pretrained(tmp_path / "bert")
+    model = BertModel.from_pretrained(tmp_path / "bert")
+    adapter = adapter_for(model, "query", tmp_path / "adapter")
+    report = ps.export_onnx(
+        tmp_path / "bert", adapters=adapter, dtype="float16", out=tmp_path / "onnx", task="feature-extraction"
+    )
+    ps.merge(model, ps.load_adapter(adapter))
+    expected = dict(model.named_parameters())
+    graph = weights.load(tmp_path / "onnx" / "model.onnx").graph
+    name = "encoder.layer.1.attention.self.query.weight"
+    stored = graph.initializers[name].const_value.numpy()
+    assert np.array_equal(stored.T, expected[name].detach().half().numpy())
+    assert report.facts["parity"]["accepted"]["why"] == "8 steps of float16"
+
+
+def test_a_live_model_keeps_its_dtype_and_its_ties(tmp_path: Path) -> None:
+    model = made("GPT2LMHeadModel")
+    before = dict(model.named_parameters(remove_duplicate=False))
+    ps.export_onnx(model, dtype="bfloat16", out=tmp_path / "onnx", verify=False)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert model.transformer.wte.weight is model.lm_head.weight
+    assert '"dtype": "bfloat16"' in (tmp_path / "onnx" / "config.json").read_text()
+
+
+def test_t5_keeps_what_overflows_in_float32() -> None:
+    config = T5Config(d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=40)
+    model = T5ForConditionalGeneration(config)
+    convert(model, torch.float16)
+    kept = {name for name, p in model.named_parameters() if p.dtype is torch.float32}
+    assert kept and all(".wo." in name for name in kept)
