@@ -35,8 +35,8 @@ def made(name: str, **changes: object) -> nn.Module:
     return transformer(name, {**SIZES, **CASES[name], **changes}, spread=0.1)
 
 
-def saved(model: nn.Module, directory: Path, inline: int = weights.INLINE) -> Session:
-    weights.save(trace(model, signature(model)), directory, inline=inline)
+def saved(model: nn.Module, directory: Path) -> Session:
+    weights.save(trace(model, signature(model)), directory)
     return Session(directory / "model.onnx", ["cpu"], threads=1)
 
 
@@ -44,7 +44,7 @@ def saved(model: nn.Module, directory: Path, inline: int = weights.INLINE) -> Se
 def test_a_half_is_near_float32_from_the_same_weights(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model = made(name)
     convert(model, dtype)
-    said, session = signature(model), saved(model, tmp_path, inline=0)
+    said, session = signature(model), saved(model, tmp_path)
     assert {port.dtype for port in said.outputs} == {str(dtype).removeprefix("torch.")}
     assert session.widened == (dtype is torch.bfloat16)
     with exact(model):
