@@ -87,7 +87,9 @@ class Session:
         device = "cuda" if self.provider == CUDA else "cpu"
         binding, given = self._session.io_binding(), {**feeds, **past}
         bound = {  # held until the run is over: a value made of an array does not keep it
-            port.name: value if isinstance(value := given[port.name], ort.OrtValue) else held(value, port.type)
+            port.name: value
+            if isinstance(value := given[port.name], ort.OrtValue)
+            else held(value, port.type)
             for port in self._session.get_inputs()
         }
         for name, value in bound.items():
