@@ -92,7 +92,7 @@ class Traced(NamedTuple):
 
 def traced(live: nn.Module, order: Order, held: Mapping[str, Held] | None = None) -> Traced:
     """The graphs of a model; initializers in `held` stay where they lie."""
-    from peftsurgery.graph import seq2seq
+    from peftsurgery.graph import layers, seq2seq
     from peftsurgery.graph.export import trace
     from peftsurgery.graph.signature import SEQ2SEQ
 
@@ -102,11 +102,12 @@ def traced(live: nn.Module, order: Order, held: Mapping[str, Held] | None = None
         tabled = [names(table) for table in tables]
         words = partial(trace, opset=order.opset, tables=tabled, tokens=tokens, held=held)
         if said.task != SEQ2SEQ:
-            graph = words(live, said, names=names, prefix=bare.prefix)
+            graph = words(live, said, names=names, prefix=bare.prefix, watch=layers.of(live))
             return Traced({seq2seq.SINGLE: graph}, said, bare.prefix, bare.apart)
         inside = partial(_inside, names)
         parts = seq2seq.halves(live, said, soft.cached(live))
-        graphs = {p.file: words(p.module, p.signature, names=inside, run=seq2seq.run) for p in parts}
+        words = partial(words, names=inside, run=seq2seq.run)
+        graphs = {p.file: words(p.module, p.signature, watch=layers.of(live, p.part)) for p in parts}
         return Traced(graphs, said, bare.prefix, bare.apart)
 
 

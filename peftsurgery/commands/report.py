@@ -39,7 +39,7 @@ class Report:
             *(f"  {name:<{width}}  {_plain(value)}" for name, value in self._shown().items()),
         ]
         lines += [self.body] if self.body else []
-        lines += _columns(self.table)
+        lines += columns(self.table)
         lines += [f"Next: {self.hint}"] if self.hint else []
         return "\n".join(lines)
 
@@ -69,7 +69,8 @@ def _plain(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _columns(table: Sequence[Sequence[str]]) -> list[str]:
+def columns(table: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its first row being the header."""
     if not table:
         return []
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]

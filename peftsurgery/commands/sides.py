@@ -52,6 +52,7 @@ class Side:
         dtype: that of its weights, which a graph computes in too.
         home: the directory that it comes from, where a tokenizer may be.
         live: the module, where it is one.
+        files: of its graphs, where it is graphs.
     """
 
     name: str
@@ -60,6 +61,17 @@ class Side:
     dtype: torch.dtype
     home: Path | None
     live: nn.Module | None = None
+    files: tuple[Path, ...] = ()
+
+    def layers(self) -> Runner:
+        """What runs it and gives what its layers give, by their names.
+
+        Raises:
+            ExportError: a graph does not say which of its values those are.
+        """
+        from peftsurgery.graph import parting
+
+        return parting.told_in(self.files) if self.live is None else parting.told_by(self.live, self.run)
 
 
 def graphs_of(model: nn.Module | str | Path) -> tuple[Path, ...]:
@@ -106,7 +118,7 @@ def opened_graph(model: str | Path) -> Side:
     files = graphs_of(model)
     session = opened(files)
     said = session.signature(_config(files[0].parent))
-    return Side(str(model), session, said, _dtype(said), files[0].parent)
+    return Side(str(model), session, said, _dtype(said), files[0].parent, files=files)
 
 
 def _config(directory: Path) -> Mapping[str, Any]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftsurgery.adapter import check
 from peftsurgery.commands import texts as spoken
 from peftsurgery.commands.adapter_files import Adapters, gather
-from peftsurgery.commands.exporting import parity_table
+from peftsurgery.commands.judging import Found, judged
 from peftsurgery.commands.report import Report
 from peftsurgery.commands.sides import (
     Side,
@@ -21,7 +21,7 @@ from peftsurgery.commands.sides import (
     opened_graph,
     opened_model,
 )
-from peftsurgery.errors import ParityError, PlanError, listing
+from peftsurgery.errors import PlanError, listing
 from peftsurgery.events import Event, Listener, ignore
 from peftsurgery.reading import AS_PEFT, Reading
 
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftsurgery.graph.greedy import Agreement
-    from peftsurgery.graph.parity import Parity
     from peftsurgery.graph.signature import Signature
 
 
@@ -43,6 +42,7 @@ def verify(
     tolerance: float | None = None,
     texts: str | Path | None = None,
     new_tokens: int = 16,
+    layers: bool = False,
     bits: bool = False,
     sample: int | None = None,
     reading: Reading = AS_PEFT,
@@ -65,6 +65,8 @@ def verify(
         tolerance: the largest absolute difference allowed; by default that of the wider-rounding dtype.
         texts: a file, one text a line; without it a few built-in ones, where a model brings a tokenizer.
         new_tokens: how many tokens are written.
+        layers: compare what every layer gives too, and tell the first that differs by more than the tolerance, or by
+            more than that part of a value above 1.
         bits: run nothing; make every tensor of a merged checkpoint again from base and adapters, and compare bits.
         sample: with `bits`, how many touched and how many other tensors to compare; all by default.
         reading: how virtual tokens are read, where it is not as in PEFT.
@@ -72,7 +74,8 @@ def verify(
     Raises:
         ParityError: they differ by more; it says at which output and by how much, and has the report.
         PlanError: adapters between two graphs, models that take different inputs, texts that cannot be read,
-            or `bits` are asked of what is no checkpoint.
+            no layers in common, or `bits` are asked of what is no checkpoint.
+        ExportError: a graph does not say which of its values are its layers'.
     """
     if bits or sample is not None:
         return _bits(model, against, adapters, weight, task, sample, allow_pickle, trust_remote_code, listen)
@@ -81,7 +84,7 @@ def verify(
     worn = Worn(given, task, trust_remote_code, reading)
     with _sides(model, against, worn) as (left, right):
         listen(Event("verify", "comparing", 1, 2))
-        return _judged(left, right, *_compared(left, right, tolerance, texts, new_tokens))
+        return judged(left, right, _compared(left, right, tolerance, texts, new_tokens, layers))
 
 
 def _bits(
@@ -145,24 +148,26 @@ def _opened(model: nn.Module | str | Path, worn: Worn, is_graph: bool) -> Iterat
 
 
 def _compared(
-    left: Side, right: Side, tolerance: float | None, texts: str | Path | None, new_tokens: int
-) -> tuple[Parity, Agreement | None, int]:
-    """The comparison, how far both write the same, and on how many texts."""
-    from peftsurgery.graph import parity
-    from peftsurgery.graph.inputs import of_tokens
+    left: Side,
+    right: Side,
+    tolerance: float | None,
+    texts: str | Path | None,
+    new_tokens: int,
+    layers: bool,
+) -> Found:
+    from peftsurgery.graph import parity, parting
+    from peftsurgery.graph.inputs import generated, of_tokens
 
+    deep = (left.layers(), right.layers()) if layers else None
     said = _shared(left, right)
     homes = dict.fromkeys(side.home for side in (right, left) if side.home is not None)
     rows = spoken.rows(texts, homes, said.vocab_size)
+    batches = [of_tokens(said, batch) for batch in spoken.batches(rows)]
     widest = max((parity.tolerance(side.dtype) for side in (left, right)), key=lambda one: one.of(1))
-    found = parity.compare(
-        left.run,
-        right.run,
-        said,
-        batches=[of_tokens(said, batch) for batch in spoken.batches(rows)],
-        accepted=widest if tolerance is None else parity.Tolerance(tolerance),
-    )
-    return found, _written(left, right, said, rows, new_tokens), len(rows)
+    accepted = widest if tolerance is None else parity.Tolerance(tolerance)
+    found = parity.compare(left.run, right.run, said, batches=batches, accepted=accepted)
+    by_layer = None if deep is None else parting.compare(*deep, [*generated(said), *batches], accepted)
+    return Found(found, _written(left, right, said, rows, new_tokens), len(rows), by_layer)
 
 
 def _shared(left: Side, right: Side) -> Signature:
@@ -187,28 +192,3 @@ def _written(
         return None
     prompts = rows[: spoken.TOGETHER] or tokens_of(next(generated(said, [(3, 8)])))
     return greedy.agreement(left.run, right.run, said, prompts, new_tokens)
-
-
-def _judged(left: Side, right: Side, found: Parity, wrote: Agreement | None, count: int) -> Report:
-    """The report, or the error that has it."""
-    from peftsurgery.graph import parity
-
-    facts = {
-        "model": left.name,
-        "against": right.name,
-        "provider": found.provider,
-        **({"remark": found.remark} if found.remark else {}),
-        "dtypes": [str(side.dtype).removeprefix("torch.") for side in (left, right)],
-        "tolerance": found.tolerance,
-        "texts": count,
-        "kl": found.kl,
-        "greedy": None if wrote is None else str(wrote),
-        "written": None if wrote is None else asdict(wrote),
-        "parity": found.to_dict(),
-    }
-    try:
-        parity.check(found)
-    except ParityError as error:
-        error.report = Report("verify", f"They differ: {found}.", facts, parity_table(found))
-        raise
-    return Report("verify", f"They agree: {found}.", facts, parity_table(found))

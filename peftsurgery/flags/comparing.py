@@ -31,6 +31,7 @@ comparing_options = together(
         show_default=True,
         help="How many tokens both write.",
     ),
+    click.option("--layers", is_flag=True, help="Compare layer by layer too, and say where they part first."),
     click.option("--bits", is_flag=True, help="Run nothing: make every tensor of a merged checkpoint again."),
     click.option("--sample", type=int, help="Like --bits, for so many touched and so many other tensors."),
 )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.errors import ExportError, UnsupportedModel, cause
-from peftsurgery.graph import cache, passes, precision, reference, sites, virtual
+from peftsurgery.graph import cache, layers, passes, precision, reference, sites, virtual
 from peftsurgery.graph.inputs import as_torch, sample
 from peftsurgery.graph.posture import eager, evaluating
 from peftsurgery.graph.reference import Held
@@ -53,7 +53,8 @@ class Flat(nn.Module):
         prefix = {f"prefix.{name}": tensor for name, tensor in self.prefix.named_buffers()}
         feeds = cache.behind(prefix, dict(zip(names, tensors, strict=True)))
         given = cache.beyond(prefix, self.run(self.wrapped, feeds))
-        return tuple(given[port.name] for port in self.signature.outputs)
+        told = (tensor for name, tensor in given.items() if name.startswith(layers.TOLD))
+        return (*(given[port.name] for port in self.signature.outputs), *told)
 
 
 def trace(
@@ -67,6 +68,7 @@ def trace(
     held: Mapping[str, Held] | None = None,
     prefix: Mapping[str, Tensor] | None = None,
     run: Run = call,
+    watch: layers.Layers | None = None,
 ) -> ir.Model:
     """The model as an ONNX graph, dynamic in batch and length; the model is left as it was.
 
@@ -82,14 +84,17 @@ def trace(
         prefix: constant keys and values that a decoder reads first (see `cache.behind`); initializers of these names.
         held: where the initializers lie whose parameters have no bytes, and stay, (out, in); or what gives them later.
         run: from the model and its inputs by name to its outputs by name.
+        watch: the layers by name whose outputs the graph remembers, so that `verify` can look at them.
 
     Raises:
         UnsupportedModel: torch cannot trace it.
         ExportError: the traced graph reads no attention mask, or gives two parameters one name.
     """
-    flat = Flat(model, signature, prefix or {}, run)
-    with evaluating(flat), eager(model), _quiet():
-        graph = _traced(flat, signature, opset)
+    with layers.watched(watch or {}) as seen:
+        flat = Flat(model, signature, prefix or {}, layers.telling(run, seen))
+        with evaluating(flat), eager(model), _quiet():
+            graph = _traced(flat, signature, opset)
+    remembered = layers.take_off(graph, len(signature.outputs), [*seen])
     parameters = _rename(graph, model, names)
     reference.point(graph, held or {})
     passes.lean(
@@ -99,6 +104,7 @@ def trace(
     precision.finite(graph)
     _dress(graph, signature)
     _record(graph, signature)
+    layers.record(graph, remembered)
     sites.alias(graph, parameters)
     return graph
 

@@ -22,16 +22,23 @@ class Pair:
         encoder, decoder: their files.
         providers: where to run, as in `Session`.
         threads: that one operation may use; 0 lets ONNX Runtime choose.
+        reveal: values inside of the two graphs that come out too.
 
     Raises:
         ExportError: as `Session` does.
     """
 
     def __init__(
-        self, encoder: Path, decoder: Path, providers: Sequence[str] | None = None, *, threads: int = 0
+        self,
+        encoder: Path,
+        decoder: Path,
+        providers: Sequence[str] | None = None,
+        *,
+        threads: int = 0,
+        reveal: tuple[Sequence[str], Sequence[str]] = ((), ()),
     ) -> None:
-        self.encoder = Session(encoder, providers, threads=threads)
-        self.decoder = Session(decoder, providers, threads=threads)
+        self.encoder = Session(encoder, providers, threads=threads, reveal=reveal[0])
+        self.decoder = Session(decoder, providers, threads=threads, reveal=reveal[1])
         self.provider, self.remark = self.decoder.provider, self.decoder.remark
         self.widened = self.decoder.widened
 

@@ -225,11 +225,11 @@ def _rows(
             continue
         if port.token_axis is not None:
             a, b = (np.moveaxis(side, port.token_axis, 1) for side in (a, b))
-        seen = _fitted(mask, a) if port.per_token else mask
-        apart = _apart(a, b)[seen] if port.per_token else _apart(a, b)
+        seen = fitted(mask, a) if port.per_token else mask
+        gap = apart(a, b)[seen] if port.per_token else apart(a, b)
         top1, kl = _decided(a, b, port, seen)
         scale = _largest(b[seen] if port.per_token else b)
-        yield Row(port.name, batch, length, float(apart.max()), float(apart.mean()), top1, past, kl, scale)
+        yield Row(port.name, batch, length, float(gap.max()), float(gap.mean()), top1, past, kl, scale)
 
 
 def _largest(values: Array) -> float:
@@ -237,18 +237,18 @@ def _largest(values: Array) -> float:
     return float(finite.max()) if finite.size else 0.0
 
 
-def _fitted(mask: Array, output: Array) -> Array:
+def fitted(mask: Array, output: Array) -> Array:
     """The mask for what comes out: virtual tokens in front, attended by every row, or only the last tokens."""
     more = output.shape[1] - mask.shape[1]
     return np.pad(mask, ((0, 0), (max(0, more), 0)), constant_values=True)[:, -output.shape[1] :]
 
 
-def _apart(a: Array, b: Array) -> Array:
+def apart(a: Array, b: Array) -> Array:
     """|a − b|, infinite where exactly one side is finite or the sign of an infinity differs."""
     with np.errstate(invalid="ignore"):
-        apart: Array = np.where(a == b, 0.0, np.abs(a - b))
-    apart[np.isnan(apart)] = np.inf
-    return apart
+        gap: Array = np.where(a == b, 0.0, np.abs(a - b))
+    gap[np.isnan(gap)] = np.inf
+    return gap
 
 
 def _decided(a: Array, b: Array, port: Port, mask: Array) -> tuple[float | None, float | None]:

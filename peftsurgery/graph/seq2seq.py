@@ -35,11 +35,13 @@ class Half:
     Args:
         file: the name of its file.
         module: what computes it, from inputs by name to outputs by name.
+        part: the module of the model that it is of.
     """
 
     file: str
     module: nn.Module
     signature: Signature
+    part: nn.Module
 
 
 def halves(model: nn.Module, whole: Signature, prefix: Entries = ()) -> tuple[Half, Half]:
@@ -61,7 +63,11 @@ def halves(model: nn.Module, whole: Signature, prefix: Entries = ()) -> tuple[Ha
     first = replace(whole, inputs=texts, outputs=(replace(hidden, name="last_hidden_state"), *crossed))
     read = (Port("input_ids", "int64", (BATCH, WRITTEN)), Port(MASK, "int64", (BATCH, SOURCE)))
     second = replace(whole, inputs=(*read, *before, *memory), outputs=(logits, *after))
-    return Half(ENCODER, source, first), Half(DECODER, writer, second)
+    whose: Any = model
+    return (
+        Half(ENCODER, source, first, whose.get_encoder()),
+        Half(DECODER, writer, second, whose.get_decoder()),
+    )
 
 
 def run(half: nn.Module, feeds: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

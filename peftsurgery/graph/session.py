@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from peftsurgery.errors import ExportError
 from peftsurgery.graph import cache, precision
+from peftsurgery.graph.layers import revealed
 from peftsurgery.graph.limits import longest
 from peftsurgery.graph.signature import BATCH, LENGTH, RECORDED, Port, Signature
 from peftsurgery.graph.values import array, held
@@ -35,6 +36,7 @@ class Session:
         providers: where to run, best first: `cuda`, `cpu`, or ONNX Runtime's own names. By default
             CUDA where it works, and the CPU otherwise.
         threads: that one operation may use; 0 lets ONNX Runtime choose.
+        reveal: values inside of the graph that come out too.
 
     Attributes:
         provider: where it really runs, in ONNX Runtime's word.
@@ -45,9 +47,16 @@ class Session:
         ExportError: a provider that was asked for does not work here, or ONNX Runtime refuses the graph.
     """
 
-    def __init__(self, path: Path | str, providers: Sequence[str] | None = None, *, threads: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        providers: Sequence[str] | None = None,
+        *,
+        threads: int = 0,
+        reveal: Sequence[str] = (),
+    ) -> None:
         wanted = _asked(providers) if providers else _default()
-        self._session, said, self.widened = _open(Path(path), wanted, threads)
+        self._session, said, self.widened = _open(Path(path), wanted, threads, reveal)
         self.provider: str = self._session.get_providers()[0]
         unloaded = "" if self.provider == wanted[0] else _unloaded(wanted[0], said)
         if providers and unloaded:
@@ -169,34 +178,37 @@ def _asked(words: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _open(path: Path, wanted: list[str], threads: int) -> tuple[Any, str, bool]:
+def _open(path: Path, wanted: list[str], threads: int, reveal: Sequence[str]) -> tuple[Any, str, bool]:
     """The session, what ONNX Runtime printed, and whether it runs in float32 for want of bfloat16."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = ERRORS
+    source = revealed(path.read_bytes(), reveal) if reveal else str(path)
+    if reveal:
+        options.add_session_config_entry(FOLDER, str(path.resolve().parent))
     with _captured() as said:
         if CUDA in wanted:
             # Finds the libraries in the wheels that `onnxruntime-gpu[cuda,cudnn]` brings, and those of torch.
             ort.preload_dlls()
         try:
-            return ort.InferenceSession(str(path), options, providers=wanted), said.getvalue(), False
+            return ort.InferenceSession(source, options, providers=wanted), said.getvalue(), False
         except Exception as error:  # ONNX Runtime's errors have no public base
             if "NOT_IMPLEMENTED" in str(error) and CPU in wanted and precision.is_bfloat16(path):
-                return _widened(path, options), said.getvalue(), True
+                return _widened(path, options, reveal), said.getvalue(), True
             raise ExportError(
                 f"ONNX Runtime refuses {path}: {_first(str(error))} "
                 "Name another provider, or export in float32."
             ) from error
 
 
-def _widened(path: Path, options: Any) -> Any:
+def _widened(path: Path, options: Any, reveal: Sequence[str]) -> Any:
     """The graph on the CPU, which has no bfloat16 operations, in float32 with the same weights."""
     import onnxruntime as ort
 
     options.add_session_config_entry(FOLDER, str(path.resolve().parent))
-    return ort.InferenceSession(precision.widened(path), options, providers=[CPU])
+    return ort.InferenceSession(revealed(precision.widened(path), reveal), options, providers=[CPU])
 
 
 @contextmanager
