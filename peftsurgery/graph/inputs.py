@@ -134,7 +134,7 @@ def sample(signature: Signature) -> dict[str, Array]:
     random = np.random.default_rng(0)
     if any(BEFORE in port.axes for port in signature.inputs):
         return {port.name: _filled(random, signature, port) for port in signature.inputs}
-    return batch(random, signature, SIZES[BATCH], SIZES[LENGTH], PAST)
+    return batch(random, signature, SIZES[BATCH], SIZES[LENGTH], PAST if _is_cached(signature) else 0)
 
 
 def _filled(random: np.random.Generator, signature: Signature, port: Port) -> Array:

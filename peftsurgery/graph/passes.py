@@ -30,6 +30,8 @@ def lean(
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
+    from peftsurgery.graph import rewrites
+
     kept = frozenset(parameters)
 
     def foldable(node: ir.Node) -> bool | None:
@@ -47,6 +49,8 @@ def lean(
         )
     if bake is not None:
         bake(model)
+    with _unread(model):
+        rewrites.apply(model)
     ir.passes.Sequential(
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
