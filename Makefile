@@ -12,7 +12,7 @@ RAY_READY := $(VENV)/.ray-ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo example-soft example-fusion test test-ray lint format bench docs fixtures clean
+.PHONY: help venv demo example-soft example-fusion test test-ray lint format bench bench-peers docs fixtures clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make lint      ruff and mypy'
 	@echo 'make format    let ruff rewrite what it can'
 	@echo 'make bench     the benchmarks; results in benchmarks/results/'
+	@echo 'make bench-peers  fetch into build/peers what the benchmark of the merge compares with'
 	@echo 'make docs      build the documentation into build/site; a dead link fails'
 	@echo 'make fixtures  recompute the golden arrays with PEFT and compare'
 	@echo 'make venv      .venv with the exact versions of constraints.txt'
@@ -85,6 +86,10 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.in_place
 	$(BIN)/python -m benchmarks.crash_matrix
+
+# Without its dependencies: the one module that is measured needs torch and PEFT, which the tests have.
+bench-peers: $(READY)
+	$(BIN)/pip install --upgrade --no-deps -c constraints.txt --target build/peers 'axolotl==0.19.0' colorama
 
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -7,6 +7,7 @@ one on q_proj and v_proj, one on every linear map. All take turns, each in a pro
 page cache and everything on the disk (`sync`) before the clock stops; the median counts. What the interpreter and
 `import torch` take is measured by itself and taken off. Ours is the command `peftsurgery merge`, whole; its first run
 into a base also asks transformers about it and is shown by itself. PEFT loads, merges and saves with safetensors.
+axolotl, which goes through the checkpoint file by file, takes part when `make bench-peers` has set it up.
 
 Then every tensor is compared with PEFT's, ours is written again with other blocks, tiles and threads, and the share of
 elements that are not the correctly rounded result is counted in float64.
@@ -43,6 +44,12 @@ base = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torc
 tuned = peft.PeftModel.from_pretrained(base, sys.argv[2])
 tuned.merge_and_unload().save_pretrained(sys.argv[3])
 """
+PEERS = Path(__file__).parents[1] / "build" / "peers"
+AXOLOTL = """
+import sys
+from axolotl.cli.utils.lora_merge import merge_lora_sharded_efficient
+merge_lora_sharded_efficient(*sys.argv[1:4])
+"""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,9 @@ def contestants(room: Path) -> dict[str, tuple[str | Path, ...]]:
     for name in BARS:
         found[f"ours {name}"] = ours(room, name, out)
         found[f"PEFT {name}"] = (python, "-c", PEFT, base, room / name, out)
+        if PEERS.is_dir():
+            words = ("env", f"PYTHONPATH={PEERS}", "AXOLOTL_DO_NOT_TRACK=1", python, "-c", AXOLOTL)
+            found[f"axolotl {name}"] = (*words, base, room / name, out)
     return found
 
 
@@ -147,11 +157,20 @@ def verdict(runs: Mapping[str, list[Run]]) -> list[dict[str, Any]]:
                 "PEFT over ours": (theirs["wall"] - torched) / (mine["wall"] - torched),
                 "at least": bars["peft"],
                 "PEFT over ours, whole processes": theirs["wall"] / mine["wall"],
+                **streaming(of, name),
                 "peak MB": mine["peak_mb"],
                 "peak MB, at most": PEAK / 1e6,
             }
         )
     return rows
+
+
+def streaming(of: Mapping[str, Mapping[str, float]], name: str) -> dict[str, float]:
+    """What the best peer that goes through the checkpoint file by file takes over ours, where it takes part."""
+    mine, theirs = of[f"ours {name}"], of.get(f"axolotl {name}")
+    if theirs is None:
+        return {}
+    return {f"axolotl over ours, {what}": theirs[what] / mine[what] for what in ("wall", "cpu", "peak_mb")}
 
 
 def show(results: Mapping[str, Any]) -> None:
@@ -177,6 +196,8 @@ def main() -> int:
         "--room", type=Path, help="a directory on the disk to measure, with four times that room"
     )
     said = words.parse_args()
+    if not PEERS.is_dir():
+        print("axolotl does not take part: `make bench-peers` sets it up.")
     with tempfile.TemporaryDirectory(dir=said.room, prefix="merge-bench-") as folder:
         room = Path(folder)
         os.environ["PEFTSURGERY_CACHE"] = str(room / "kept")

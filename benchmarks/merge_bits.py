@@ -24,11 +24,11 @@ OTHERWISE = """
 import dataclasses, sys, torch
 import peftsurgery as ps
 from peftsurgery import fold
-from peftsurgery.disk import parts, pieces, writer
+from peftsurgery.disk import engines, pieces, writer
 block, tile, threads = map(int, sys.argv[4:])
 pieces.blocks.__defaults__ = ("cpu", block)
 writer.BLOCK, fold.TILE["cpu"] = block, tile
-parts.write_shard = lambda task, listen: writer.write_shard(dataclasses.replace(task, threads=threads), listen)
+engines.write_shard = lambda task, listen: writer.write_shard(dataclasses.replace(task, threads=threads), listen)
 torch.set_num_threads(threads)
 ps.merge(sys.argv[1], sys.argv[2], out=sys.argv[3])
 """
