@@ -86,6 +86,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.in_place
 	$(BIN)/python -m benchmarks.crash_matrix
+	$(BIN)/python -m benchmarks.fleet
 
 # Without its dependencies: the one module that is measured needs torch and PEFT, which the tests have.
 bench-peers: $(READY)

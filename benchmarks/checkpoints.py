@@ -29,19 +29,19 @@ LINEAR = {
 ADAPTERS = {"q,v": ("self_attn.q_proj", "self_attn.v_proj"), "all-linear": tuple(LINEAR)}
 
 
-def build(room: Path, gigabytes: float) -> None:
-    """The base, of about that size, and the adapters beside it, in PEFT's format."""
+def build(room: Path, gigabytes: float, files: int = FILES) -> int:
+    """The base, of about that size, and the adapters beside it, in PEFT's format; how many layers it has."""
     layers = max(
-        FILES, round((gigabytes * 1e9 - 4 * WORDS * WIDE) / 2 / sum(a * b for a, b in LINEAR.values()))
+        files, round((gigabytes * 1e9 - 4 * WORDS * WIDE) / 2 / sum(a * b for a, b in LINEAR.values()))
     )
     chance = torch.Generator().manual_seed(0)
     (room / "base").mkdir()
     places: dict[str, str] = {}
-    for number in range(FILES):
-        file = f"model-{number + 1:05}-of-{FILES:05}.safetensors"
-        held = dict(tensors(range(layers * number // FILES, layers * (number + 1) // FILES), chance))
+    for number in range(files):
+        file = f"model-{number + 1:05}-of-{files:05}.safetensors"
+        held = dict(tensors(range(layers * number // files, layers * (number + 1) // files), chance))
         held |= {"model.embed_tokens.weight": normal(WORDS, WIDE, chance)} if number == 0 else {}
-        if number == FILES - 1:
+        if number == files - 1:
             held |= {
                 "lm_head.weight": normal(WORDS, WIDE, chance),
                 "model.norm.weight": torch.ones(WIDE).bfloat16(),
@@ -65,6 +65,7 @@ def build(room: Path, gigabytes: float) -> None:
     (room / "base" / "config.json").write_text(json.dumps(config))
     for name, targets in ADAPTERS.items():
         adapter(room / name, targets, layers)
+    return layers
 
 
 def tensors(layers: range, chance: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -79,9 +80,9 @@ def normal(rows: int, columns: int, chance: torch.Generator) -> Tensor:
     return (torch.randn(rows, columns, generator=chance) * 0.02).bfloat16()
 
 
-def adapter(path: Path, targets: tuple[str, ...], layers: int) -> None:
+def adapter(path: Path, targets: tuple[str, ...], layers: int, seed: int = 1) -> None:
     """Trained for a while, as far as sizes go: B is not zero."""
-    chance, held = torch.Generator().manual_seed(1), {}
+    chance, held = torch.Generator().manual_seed(seed), {}
     for layer in range(layers):
         for name in targets:
             key, (out, inner) = f"base_model.model.model.layers.{layer}.{name}", LINEAR[name]

@@ -54,11 +54,12 @@ merge_lora_sharded_efficient(*sys.argv[1:4])
 
 @dataclass(frozen=True)
 class Run:
-    """What a process took: seconds of wall clock and of CPU, bytes of memory at most."""
+    """What a process took: seconds of wall clock and of CPU, bytes of memory at most, bytes read from the disk."""
 
     wall: float
     cpu: float
     peak: int
+    read: int
 
 
 def timed(*command: str | Path) -> Run:
@@ -71,7 +72,7 @@ def timed(*command: str | Path) -> Run:
     wall = time.perf_counter() - begun
     if child.returncode:
         raise SystemExit(f"This failed: {command}")
-    return Run(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
+    return Run(wall, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, used.ru_inblock * 512)
 
 
 def contestants(room: Path) -> dict[str, tuple[str | Path, ...]]:

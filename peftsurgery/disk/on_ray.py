@@ -41,7 +41,7 @@ def cluster() -> Iterator[Engine]:
         import ray
     except ImportError as error:
         raise PlanError(
-            "`--engine ray` needs Ray, which is not installed. Install it with `pip install 'peftsurgery[ray]'`; "
+            "`--engine ray` needs Ray, which is not installed. Install it with `pip install 'ray>=2.60,<3'`; "
             "nothing was written."
         ) from error
     if ray.is_initialized():
