@@ -18,10 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
+from tests.strike import points
 from tests.units.test_disk_merge import base, base_tensors, sharded
-from tests.units.test_in_place import check_blind, digests, forgetful, patched, points, unpatched
+from tests.units.test_in_place import check_blind, digests, forgetful, patched, unpatched
 
 RESULTS = Path(__file__).parent / "results" / "crash_matrix.json"
 RANDOM_KILLS = 100
@@ -32,10 +34,10 @@ def at_every_change(room: Path, name: str, how: str) -> tuple[int, int]:
     """(kills, kills after which something was lost)."""
     model, undo, before, after = fresh(room, name)
     kills = lost = 0
-    for _ in points(patched, model, undo, how):
+    for _ in points(partial(patched, model, undo), how):
         kills += 1
         lost += not is_saved(model, undo, before, after)
-    for _ in points(unpatched, model, undo, how):
+    for _ in points(partial(unpatched, model, undo), how):
         kills += 1
         lost += not is_saved(model, undo, before, after)
         patched(model, undo)

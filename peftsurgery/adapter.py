@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -81,6 +82,17 @@ def scale(adapter: Adapter, weight: float) -> Adapter:
     """
     steps = tuple(Step(step.site, step.method.scaled(weight)) for step in adapter.plan.steps)
     return replace(adapter, plan=replace(adapter.plan, steps=steps))
+
+
+def fingerprint(*adapters: Adapter) -> str:
+    """A SHA-256 of what the adapters compute: their methods, sites and tensors."""
+    found = hashlib.sha256()
+    for adapter in adapters:
+        found.update(repr(sorted(map(repr, adapter.plan.steps))).encode())
+        for name, tensor in sorted(adapter.tensors(), key=lambda pair: pair[0]):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def bake(adapter: Adapter) -> Adapter:

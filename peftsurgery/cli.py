@@ -52,8 +52,8 @@ def run(shown: Mapping[str, Any], call: Callable[..., Any], *, bad_input: int = 
             show(shown, report)
         click.echo(f"Error: {error}", err=True)
         sys.exit(EXIT_FAILED if isinstance(error, ParityError) else bad_input)
-    except KeyboardInterrupt:
-        click.echo("Interrupted; inputs are untouched and nothing was left behind.", err=True)
+    except KeyboardInterrupt as stop:
+        click.echo(str(stop) or "Interrupted; inputs are untouched and nothing was left behind.", err=True)
         sys.exit(EXIT_FAILED)
     show(shown, report)
 

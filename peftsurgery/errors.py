@@ -14,7 +14,8 @@ SurgeryError
 ├── CheckpointError  the files are not what they say
 │   ├── TruncatedShard
 │   ├── MissingShard
-│   └── UnsafePath
+│   ├── UnsafePath
+│   └── DiskError          .fact .remedy
 ├── FoldError        it cannot be absorbed
 │   ├── NotFoldable
 │   ├── NonFiniteWeight    .tensor
@@ -127,6 +128,19 @@ class MissingShard(CheckpointError):
 
 class UnsafePath(CheckpointError):
     """A path inside a checkpoint that leaves its directory."""
+
+
+class DiskError(CheckpointError):
+    """The disk, and not what lies on it: full, failing, or out of reach. The same again may succeed."""
+
+    def __init__(self, fact: str, remedy: str, kept: str = "nothing was kept") -> None:
+        super().__init__(fact, remedy, kept)
+        self.fact = fact
+        self.remedy = remedy
+        self.kept = kept
+
+    def __str__(self) -> str:
+        return f"{self.fact}. {self.remedy}; {self.kept}."
 
 
 class FoldError(SurgeryError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from peftsurgery.adapter import Adapter, scale
@@ -67,19 +67,51 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / peft.CONFIG).is_file() or adapterhub.is_here(Path(path))
 
 
-def gather(adapters: Adapters, weight: Sequence[float] = (), *, allow_pickle: bool = False) -> list[Adapter]:
-    """Adapters in whatever form they were given, loaded and scaled.
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """An adapter as a command was given it.
+
+    Args:
+        adapter: what its files hold.
+        weight: the factor of its effect.
+        path: its directory, where it has one.
+    """
+
+    adapter: Adapter
+    weight: float = 1.0
+    path: Path | None = None
+
+    @property
+    def scaled(self) -> Adapter:
+        """The adapter with that effect.
+
+        Raises:
+            NotFoldable: its method has no scale.
+        """
+        return self.adapter if self.weight == 1.0 else scale(self.adapter, self.weight)
+
+
+def given(adapters: Adapters, weight: Sequence[float] = (), *, allow_pickle: bool = False) -> list[Given]:
+    """Adapters in whatever form they were given, loaded.
 
     Raises:
         PlanError: there are more weights than adapters, or none of the latter.
     """
-    given = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
-    if not given or len(weight) not in (0, len(given)):
+    listed = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
+    if not listed or len(weight) not in (0, len(listed)):
         raise PlanError(
-            f"{len(given)} adapters come with {len(weight)} weights. Give every adapter one `--weight`, or none."
+            f"{len(listed)} adapters come with {len(weight)} weights. Give every adapter one `--weight`, or none."
         )
-    weights = weight or [1.0] * len(given)
-    return [_scaled(_loaded(one, allow_pickle), by) for one, by in zip(given, weights, strict=True)]
+    weights = weight or [1.0] * len(listed)
+    return [
+        Given(_loaded(one, allow_pickle), by, None if isinstance(one, Adapter) else locate(one))
+        for one, by in zip(listed, weights, strict=True)
+    ]
+
+
+def gather(adapters: Adapters, weight: Sequence[float] = (), *, allow_pickle: bool = False) -> list[Adapter]:
+    """Adapters in whatever form they were given, loaded and scaled; see `given`."""
+    return [one.scaled for one in given(adapters, weight, allow_pickle=allow_pickle)]
 
 
 def _loaded(one: Adapter | str | Path, allow_pickle: bool) -> Adapter:
@@ -93,7 +125,3 @@ def adapter_name(path: str | Path) -> str:
     """A name for the adapter in a directory: the directory's own, as far as a module can be called so."""
     word = "".join(c if c.isalnum() or c in "_-" else "_" for c in Path(path).resolve().name)
     return word or "default"
-
-
-def _scaled(adapter: Adapter, weight: float) -> Adapter:
-    return adapter if weight == 1.0 else scale(adapter, weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,16 @@ PATTERNS = (
 )
 
 
-def carry(source: Path, directory: Path) -> None:
-    """Copy what a model needs beside its weights, and nothing that goes stale (indexes, other formats)."""
+def carry(source: Path, directory: Path, *, but: Collection[str] = ()) -> None:
+    """Copy what a model needs beside its weights, and nothing that goes stale (indexes, other formats).
+
+    Args:
+        but: names that are left out.
+    """
     wanted = [file for file in sorted(source.iterdir()) if any(fnmatch(file.name, p) for p in PATTERNS)]
     code = sorted(source.glob("*.py")) if "auto_map" in _config(source) else []
     for file in [*wanted, *code]:
-        if file.is_file() and not (directory / file.name).exists():
+        if file.is_file() and file.name not in but and not (directory / file.name).exists():
             copy_file(file, directory / file.name)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 
-from peftsurgery.adapter import Adapter
+from peftsurgery.commands.adapter_files import Given
 from peftsurgery.commands.adapter_list import Entry
 from peftsurgery.commands.merge_disk import Job, Prepared, complete, prepare
 from peftsurgery.disk.durable import staged
@@ -33,13 +33,13 @@ class Fleet:
 
     entries: tuple[Entry, ...]
     job: Job
-    load: Callable[[Path], tuple[Adapter, ...]]
+    load: Callable[[Path], tuple[Given, ...]]
 
     def prepared(self, entry: Entry) -> Prepared:
         """The merge of one adapter; see `prepare` for what it raises."""
         return prepare(
             replace(
-                self.job, adapters=self.load(entry.path), out=self.job.out / entry.name, share_untouched=False
+                self.job, given=self.load(entry.path), out=self.job.out / entry.name, share_untouched=False
             )
         )
 

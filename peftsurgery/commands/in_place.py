@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
-from peftsurgery.adapter import Adapter
+from peftsurgery.adapter import Adapter, fingerprint
 from peftsurgery.commands.companions import config_changes
 from peftsurgery.commands.fitting import Fit, fit
 from peftsurgery.commands.report import Report
 from peftsurgery.disk import merge as disk_merge
 from peftsurgery.disk.checkpoint import Checkpoint, open_checkpoint
-from peftsurgery.disk.durable import locked
 from peftsurgery.disk.in_place import merged_with, patch, recover, unpatch
 from peftsurgery.disk.locate import locate
+from peftsurgery.disk.lock import locked
 from peftsurgery.disk.undo import read_undo
 from peftsurgery.errors import CheckpointError, PlanError, listing
 from peftsurgery.events import Listener, ignore
@@ -33,7 +30,7 @@ def unmerge(model: str | Path, *, undo: str | Path, listen: Listener = ignore) -
         CheckpointError: the undo file is damaged or another model's, or the model was changed since.
     """
     root = locate(model)
-    with locked(root):
+    with locked(root, f"patching {root}"):
         names = unpatch(root, Path(undo).expanduser(), listen=listen)
     headline = (
         f"Restored {len(names)} tensors." if names else "Nothing to undo: the original bytes are there."
@@ -57,16 +54,16 @@ def merge_in_place(
             "A merge in place changes a checkpoint directory and keeps the original bytes: "
             f"`peftsurgery merge {model} ADAPTER --in-place --undo FILE`. Nothing was changed."
         )
-    root, file, fingerprint = locate(model), Path(undo).expanduser(), _fingerprint(adapters)
-    with locked(root):
+    root, file, known = locate(model), Path(undo).expanduser(), fingerprint(*adapters)
+    with locked(root, f"patching {root}"):
         recovered = recover(root, file)
         checkpoint = open_checkpoint(root)
         facts = {"model": str(model), "undo": str(undo), "recovered": recovered}
-        if _is_merged(root, file, fingerprint):
+        if _is_merged(root, file, known):
             return Report("merge", "Nothing to do: the adapters are merged already.", facts)
         plan = fit(checkpoint, adapters, task=task, untie=False, trust_remote_code=trust_remote_code)
         _check_fits_in_place(checkpoint, plan)
-        names = patch(checkpoint, plan.adapters, file, provenance, fingerprint, listen=listen)
+        names = patch(checkpoint, plan.adapters, file, provenance, known, listen=listen)
     hint = f"peftsurgery unmerge {model} --undo {undo}"
     return Report(
         "merge", f"Merged into {len(names)} tensors in place.", {**facts, "tensors": names}, hint=hint
@@ -102,14 +99,3 @@ def _check_fits_in_place(checkpoint: Checkpoint, plan: Fit) -> None:
                 f"The merge {fact} ({listing(names)}), which cannot be done in place. "
                 "Merge into a new directory with `-o OUT`; nothing was changed."
             )
-
-
-def _fingerprint(adapters: Sequence[Adapter]) -> str:
-    """A SHA-256 of what the adapters compute: their methods, sites and tensors."""
-    found = hashlib.sha256()
-    for adapter in adapters:
-        found.update(repr(sorted(map(repr, adapter.plan.steps))).encode())
-        for name, tensor in sorted(adapter.tensors(), key=lambda pair: pair[0]):
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftsurgery.adapter import Adapter, check, rebased
-from peftsurgery.commands.adapter_files import Adapters, gather
+from peftsurgery.commands.adapter_files import Adapters, Given, given
 from peftsurgery.commands.adapter_list import listed
 from peftsurgery.commands.companions import carry
 from peftsurgery.commands.fleet import merge_fleet
@@ -46,6 +46,7 @@ def merge(
     device: str = "cpu",
     share_untouched: bool = False,
     engine: str = "local",
+    resume: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -73,6 +74,7 @@ def merge(
         share_untouched: do not write weights again that no adapter touches, where the file system can share them:
             files of the base; of a list of adapters every tensor that some of them leave alone.
         engine: who writes a checkpoint's files: `local`, this process, or `ray`, the nodes of a cluster.
+        resume: go on with what an interrupted merge of the same into `out` left; the result has the same bits.
 
     Raises:
         AdapterError, FoldError, PlanError, CheckpointError: inputs and output are as they were.
@@ -80,29 +82,34 @@ def merge(
     """
     if in_place or undo is not None:
         _check_in_place(model, in_place, out, untie or dtype is not None or max_shard_size is not None)
-    _check_words(model, adapters, weight, in_place, adapters_from, share_untouched, engine)
+    _check_words(model, adapters, weight, in_place, adapters_from, share_untouched, engine, resume)
     load = partial(_given, weight=weight, allow_pickle=allow_pickle)
-    given = load(adapters) if adapters_from is None else ()
+    taken = load(adapters) if adapters_from is None else ()
     if not isinstance(model, str | Path):
-        return _merge_live(model, given, untie, listen)
+        return _merge_live(model, _scaled(taken), untie, listen)
     if in_place:
-        return _merge_in_place(model, given, undo, task, trust_remote_code, listen)
+        return _merge_in_place(model, _scaled(taken), undo, task, trust_remote_code, listen)
     target = _place(model, out)
     if str(model).endswith(".onnx"):
-        return _merge_graph(Path(model), given, target, listen)
+        return _merge_graph(Path(model), _scaled(taken), target, listen)
     nbytes = nbytes_named(max_shard_size)
-    job = Job(model, given, target, untie, task, dtype, nbytes, device, trust_remote_code, share_untouched)
+    shape = untie, task, dtype, nbytes, device
+    job = Job(model, taken, target, *shape, trust_remote_code, share_untouched, resume)
     with engine_named(engine) as writers:
         if adapters_from is not None:
             return merge_fleet(Fleet(listed(adapters_from), job, load), writers, listen)
         return merge_disk(job, writers, listen)
 
 
-def _given(adapters: Adapters, *, weight: Sequence[float], allow_pickle: bool) -> tuple[Adapter, ...]:
-    """The adapters, scaled and checked; what does not fold is refused before a model is looked at."""
-    given = tuple(check(adapter) for adapter in gather(adapters, weight, allow_pickle=allow_pickle))
-    touches(*given)
-    return given
+def _given(adapters: Adapters, *, weight: Sequence[float], allow_pickle: bool) -> tuple[Given, ...]:
+    """The adapters, checked; what does not fold is refused before a model is looked at."""
+    found = tuple(given(adapters, weight, allow_pickle=allow_pickle))
+    touches(*(check(one.scaled) for one in found))
+    return found
+
+
+def _scaled(taken: Sequence[Given]) -> tuple[Adapter, ...]:
+    return tuple(one.scaled for one in taken)
 
 
 def _check_in_place(model: object, in_place: bool, out: object, reshaped: bool) -> None:
@@ -125,6 +132,7 @@ def _check_words(
     adapters_from: object,
     share_untouched: bool,
     engine: str,
+    resume: bool,
 ) -> None:
     """Refuse words that do not go together."""
     listed_ones = adapters_from is not None
@@ -134,7 +142,12 @@ def _check_words(
         )
     if listed_ones and len(weight) > 1:
         raise PlanError("A list of adapters takes one `--weight`, which is that of all. Nothing was changed.")
-    anew = {"--adapters-from": listed_ones, "--share-untouched": share_untouched}
+    if listed_ones and resume:
+        raise PlanError(
+            "`--resume` takes up the merge into one model. Leave out of the list what is merged already; "
+            "nothing was changed."
+        )
+    anew = {"--adapters-from": listed_ones, "--share-untouched": share_untouched, "--resume": resume}
     for word, said in {**anew, f"--engine {engine}": engine != "local"}.items():
         if said and (in_place or not isinstance(model, str | Path) or str(model).endswith(".onnx")):
             raise PlanError(

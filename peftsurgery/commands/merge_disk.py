@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from peftsurgery.adapter import Adapter
+import torch
+
+from peftsurgery import __version__
+from peftsurgery.adapter import Adapter, fingerprint
+from peftsurgery.commands.adapter_files import Given
 from peftsurgery.commands.companions import carry, merged_config
 from peftsurgery.commands.fitting import Fit, fit
 from peftsurgery.commands.provenance import PROVENANCE, provenance
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.checkpoint import Checkpoint, open_checkpoint
-from peftsurgery.disk.durable import staged, write_json
+from peftsurgery.disk.durable import write_json
 from peftsurgery.disk.engines import Engine
+from peftsurgery.disk.identity import identify
 from peftsurgery.disk.locate import locate
 from peftsurgery.disk.merge import Merged, Planned, finished, plan
 from peftsurgery.disk.parts import written
+from peftsurgery.disk.resumable import is_finished, resumable
 from peftsurgery.disk.sharing import with_twins
 from peftsurgery.disk.writer import ShardDone
 from peftsurgery.dtypes import dtype_named
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Listener
+
+CONFIG = "config.json"
+ALIKE = ("untie", "task", "dtype", "max_shard_size", "device", "share_untouched")
+"""The words of a job that decide what is written."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,17 +42,18 @@ class Job:
 
     Args:
         model: the base, a directory or a hub id in the local cache.
-        adapters: what is folded into it, scaled and checked.
+        given: what is folded into it, checked.
         out: the directory that it becomes.
         untie: whether a tied weight that the adapters change gets a copy of its own.
         task, dtype: those of the merged model, where they are not the adapters' and the base's.
         max_shard_size: bytes of tensors in a file; the base's own files by default.
         device: where folding is computed.
         share_untouched: whether files of the base that no adapter touches are linked.
+        resume: whether it goes on with what an interrupted one left.
     """
 
     model: str | Path
-    adapters: tuple[Adapter, ...]
+    given: tuple[Given, ...]
     out: Path
     untie: bool = False
     task: str | None = None
@@ -50,6 +62,12 @@ class Job:
     device: str = "cpu"
     trust_remote_code: bool = False
     share_untouched: bool = False
+    resume: bool = False
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The adapters, scaled."""
+        return tuple(one.scaled for one in self.given)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,9 +103,13 @@ class Prepared:
 def merge_disk(job: Job, engine: Engine, listen: Listener) -> Report:
     """Do it: `out` is whole, or as it was; see `merge`."""
     prepared = prepare(job)
-    with staged(job.out) as directory:
+    words = _words(prepared)
+    if job.resume and is_finished(job.out, words):
+        return Report("merge", f"Nothing to do: {job.out} is finished.", {"out": str(job.out)})
+    with resumable(job.out, words, resume=job.resume) as unfinished:
+        directory = unfinished.directory
         planned = prepared.plan(directory)
-        files = written(planned.tasks, engine, listen)
+        files = written(planned.tasks, unfinished.rest(engine), listen)
         done = complete(prepared, planned, directory, files)
     return _report(job, done, files, prepared.fit.blueprint.architecture)
 
@@ -108,16 +130,37 @@ def prepare(job: Job) -> Prepared:
 
 
 def complete(prepared: Prepared, planned: Planned, directory: Path, files: Iterable[ShardDone]) -> Merged:
-    """Put around the weight files, which are there, what makes them a model."""
+    """Put around the weight files, which are there, what makes them a model; last what a loader looks for first."""
     job, base, becomes = prepared.job, prepared.checkpoint.path, prepared.fit.blueprint
     done = finished(directory, planned, files)
-    carry(base, directory)
+    carry(base, directory, but=(CONFIG,))
+    write_json(directory / PROVENANCE, provenance(job.model, job.adapters, done.folded, done.added))
     said = merged_config(
         base, becomes.architecture, becomes.classes, dtype=job.dtype, untied=bool(prepared.fit.twins)
     )
-    write_json(directory / "config.json", said)
-    write_json(directory / PROVENANCE, provenance(job.model, job.adapters, done.folded, done.added))
+    write_json(directory / CONFIG, said)
     return done
+
+
+def _words(prepared: Prepared) -> dict[str, Any]:
+    """Everything that the bits of the output depend on, so that no two jobs are mixed."""
+    job, root = prepared.job, prepared.checkpoint.path
+    config = root / CONFIG
+    return {
+        "base": {
+            shard.file.relative_to(root).as_posix(): {
+                **identify(shard.file).to_dict(),
+                "modified": shard.file.stat().st_mtime_ns,
+            }
+            for shard in prepared.checkpoint.shards
+        },
+        "config": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
+        "adapters": [fingerprint(adapter) for adapter in job.adapters],
+        **{word: getattr(job, word) for word in ALIKE},
+        "peftsurgery": __version__,
+        "torch": torch.__version__,
+        "processor": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def check_apart(base: Path, out: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from peftsurgery.errors import CheckpointError
+from peftsurgery.errors import CheckpointError, DiskError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 OTHER_DISK = "the checkpoint is on another file system"
@@ -142,31 +142,6 @@ def discard(file: Path) -> None:
         sync_directory(file.parent)
 
 
-@contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Keep other processes that ask for it out of a directory; the lock goes with the process.
-
-    Raises:
-        CheckpointError: another process has it.
-    """
-    import fcntl
-
-    with writing(directory):
-        descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"Another process is patching {directory}. Wait until it is done; nothing was changed."
-            ) from error
-        except OSError:  # a file system without locks
-            pass
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def rename(source: Path, target: Path) -> None:
     """Give a file another name in its directory, and bring that to the disk.
 
@@ -243,13 +218,18 @@ def writing(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "Make room, or write elsewhere" if error.errno in FULL else "Check the path and its rights"
-        raise CheckpointError(
-            f"{file} cannot be written: {error.strerror or error}. {remedy}; nothing was kept."
-        ) from error
+        raise DiskError(f"{file} cannot be written: {error.strerror or error}", remedy) from error
 
 
 def check_free(final: Path, out: Path) -> None:
-    """Refuse an output that holds something, or that a rename could not replace."""
+    """Refuse an output that holds something, or that a rename could not replace.
+
+    Args:
+        final: `out`, resolved.
+
+    Raises:
+        CheckpointError: it is not a new or empty directory.
+    """
     if not final.exists():
         return
     if not final.is_dir():
@@ -278,9 +258,16 @@ def flush(directory: Path) -> None:
 
 
 def sync(path: Path) -> None:
+    with held(path) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[int]:
+    """The descriptor of a file or directory, to read from or to lock."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        yield descriptor
     finally:
         os.close(descriptor)
 

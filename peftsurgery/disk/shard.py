@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,7 +18,7 @@ from typing import NoReturn, TypeGuard
 import torch
 from torch import Tensor
 
-from peftsurgery.errors import CheckpointError, TruncatedShard
+from peftsurgery.errors import CheckpointError, DiskError, TruncatedShard
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -130,17 +131,19 @@ def read_into(file: Path, start: int, room: memoryview) -> None:
 
     Raises:
         TruncatedShard: the file is shorter than it was when its header was read, or gone.
+        DiskError: the disk does not give it.
     """
     try:
         with file.open("rb", buffering=0) as handle:
-            handle.seek(start)
             while room:
-                taken = handle.readinto(room)
+                taken = os.preadv(handle.fileno(), [room], start)
                 if not taken:
-                    raise ValueError("it has shrunk")
-                room = room[taken:]
-    except (OSError, ValueError) as error:
+                    raise FileNotFoundError("it has shrunk")
+                room, start = room[taken:], start + taken
+    except FileNotFoundError as error:
         raise TruncatedShard(f"{file} changed while it was being read ({error}). Run again.") from error
+    except OSError as error:
+        raise DiskError(f"{file} cannot be read: {error.strerror or error}", "Check the disk") from error
 
 
 def _header(file: Path, size: int) -> tuple[dict[str, object], int]:

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 
 from peftsurgery.disk.durable import discard, link, writing
-from peftsurgery.disk.jobs import Make, Move, jobs
+from peftsurgery.disk.jobs import Make, Move, Ran, jobs, summed
 from peftsurgery.disk.output import Output, output, put, reserve, sharing
 from peftsurgery.disk.pieces import BLOCK, Piece
-from peftsurgery.disk.rooms import PAGE
-from peftsurgery.disk.shard import DTYPES, PREFIX
+from peftsurgery.disk.rooms import PAGE, ROOMS
+from peftsurgery.disk.shard import DTYPES, PREFIX, read_into, read_shard
+from peftsurgery.errors import CheckpointError
 from peftsurgery.events import Event, Listener, ignore
 from peftsurgery.tally import Tally
 from peftsurgery.workers import workers
@@ -64,6 +65,7 @@ class ShardDone:
         tallies: how far every touched tensor moved, where that was asked for.
         shared: how it has its twin's bytes, `reflink` or `hard link`; empty where it was written.
         unshared: why its twin's bytes could not be shared.
+        sums: for each job in turn what `is_written` knows its bytes by; None for bytes that are the base's own.
     """
 
     file: Path
@@ -71,6 +73,7 @@ class ShardDone:
     tallies: Mapping[str, Tally]
     shared: str = ""
     unshared: str = ""
+    sums: tuple[int | None, ...] = ()
 
 
 def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
@@ -89,6 +92,7 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
             listen(event)
         return ShardDone(task.file, task.file.stat().st_size, {}, shared=how)
     tallies: dict[str, Tally] = defaultdict(Tally)
+    sums: list[int | None] = []
     with output(task.file, task.mode) as out, workers(task.threads) as pool:
         head = header(task.pieces, task.metadata, _skew(task.pieces, out))
         size = len(head) + task.nbytes
@@ -98,11 +102,12 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
         todo = list(jobs(task.pieces, len(head), task.device))
         run = partial(_run, out=out, device=task.device, measure=task.measure)
         for job, found in zip(todo, pool.map(run, todo), strict=True):
+            sums.append(found.sum)
             if isinstance(job, Make) and job.piece.touched:
-                tallies[job.piece.name] += found
+                tallies[job.piece.name] += found.tally
             _tell(events, job.start + job.nbytes, listen)
         _tell(events, size, listen)
-    return ShardDone(task.file, size, dict(tallies), unshared=why)
+    return ShardDone(task.file, size, dict(tallies), unshared=why, sums=tuple(sums))
 
 
 def _shared(task: ShardTask) -> tuple[str, str]:
@@ -117,7 +122,44 @@ def _shared(task: ShardTask) -> tuple[str, str]:
     return how, why
 
 
-def _run(job: Move | Make, *, out: Output, device: str, measure: bool) -> Tally:
+def is_written(task: ShardTask, done: ShardDone) -> bool:
+    """Whether the file of a task is there as `write_shard` once wrote it: its header, and the sums of its bytes.
+
+    A file that cannot be read is not.
+    """
+    try:
+        return _is_headed(task, done) and _are_summed(task, done.nbytes - task.nbytes, done.sums)
+    except CheckpointError:
+        return False
+
+
+def _is_headed(task: ShardTask, done: ShardDone) -> bool:
+    shard = read_shard(task.file)
+    held = [(stored.name, stored.torch_dtype, stored.shape) for stored in shard.tensors]
+    named = [(piece.name, piece.dtype, piece.shape) for piece in task.pieces]
+    size = task.file.stat().st_size
+    return (size, held, dict(shard.metadata)) == (done.nbytes, named, dict(task.metadata))
+
+
+def _are_summed(task: ShardTask, start: int, said: Sequence[int | None]) -> bool:
+    """Whether the bytes of every job, the first of which begins at `start`, have the sum that they had."""
+    todo = list(jobs(task.pieces, start, task.device))
+    with workers(task.threads) as pool:
+        found = pool.map(partial(_sum, task.file), todo)
+        return len(todo) == len(said) and all(map(_agree, found, said))
+
+
+def _sum(file: Path, job: Move | Make) -> int:
+    data = ROOMS.room("out", job.nbytes, job.start)
+    read_into(file, job.start, data.numpy().data)
+    return summed(data)
+
+
+def _agree(found: int, said: int | None) -> bool:
+    return said is None or found == said
+
+
+def _run(job: Move | Make, *, out: Output, device: str, measure: bool) -> Ran:
     return job.run(out, device=device, measure=measure)
 
 

@@ -41,5 +41,8 @@ merge_options = together(
         show_default=True,
         help="Who writes a checkpoint's files: this process, or the nodes of a Ray cluster.",
     ),
+    click.option(
+        "--resume", is_flag=True, help="Go on with what an interrupted merge of the same into OUT left."
+    ),
 )
 """The options of merge, which say where and what it writes."""

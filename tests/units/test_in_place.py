@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch import Tensor
@@ -16,10 +15,9 @@ from peftsurgery.disk.checkpoint import open_checkpoint
 from peftsurgery.disk.in_place import patch, recover, unpatch
 from peftsurgery.disk.marker import MARKER, marked
 from peftsurgery.errors import CheckpointError, NonFiniteWeight
+from tests.strike import UNREACHED, points, struck
 from tests.units.test_disk_merge import MIX, QUERY, adapter, base, base_tensors, digests, overflowing, sharded
 
-CHANGES = ("pwrite", "fsync", "rename", "unlink")
-"""The calls by which a patch changes the disk."""
 Layouts = Callable[[Path, Mapping[str, Tensor]], Path]
 
 
@@ -32,56 +30,17 @@ def unpatched(model: Path, undo: Path) -> None:
     unpatch(model, undo)
 
 
+@pytest.fixture
+def tmp_path(memory: Path) -> Path:
+    return memory
+
+
 @pytest.fixture(params=[base, sharded], ids=["single", "sharded"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     layout: Layouts = request.param
     path = layout(tmp_path / "model", base_tensors())
     (path / "config.json").write_text("{}")
     return path
-
-
-def strike(at: int, how: str) -> None:
-    """Make the `at`-th change of the disk the last one of this process, or an error."""
-    reached = [0]
-
-    def wrap(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def struck(*args: Any, **words: Any) -> Any:
-            reached[0] += 1
-            if reached[0] == at:
-                if how == "torn" and name == "pwrite":
-                    call(args[0], bytes(args[1])[: len(args[1]) // 2], args[2])
-                if how in ("kill", "torn"):
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise KeyboardInterrupt if how == "interrupt" else OSError(int(how), os.strerror(int(how)))
-            return call(*args, **words)
-
-        return struck
-
-    for name in CHANGES:
-        setattr(os, name, wrap(name, getattr(os, name)))
-
-
-def struck(work: Callable[[Path, Path], None], model: Path, undo: Path, at: int, how: str) -> bool:
-    """Whether the work, done in a child that is struck, came to its end."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            strike(at, how)
-            work(model, undo)
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(child, 0)[1] == 0
-
-
-def points(work: Callable[[Path, Path], None], model: Path, undo: Path, how: str) -> Iterator[int]:
-    """Strike at every change in turn; the caller looks at what is left, until the work comes to its end."""
-    for at in range(1, 200):
-        if struck(work, model, undo, at, how):
-            return
-        yield at
-    pytest.fail("it never ended")
 
 
 def weights(model: Path) -> dict[str, str]:
@@ -124,7 +83,7 @@ def test_a_patch_that_is_killed_is_undone_and_done_again(
 ) -> None:
     before, after = outcomes
     undo, tried = tmp_path / "model.undo", 0
-    for _ in points(patched, model, undo, how):
+    for _ in points(partial(patched, model, undo), how):
         tried += 1
         check_blind(model, before, after)
         if undo.exists():
@@ -133,7 +92,7 @@ def test_a_patch_that_is_killed_is_undone_and_done_again(
     assert tried > 20
     assert forgetful(digests(model)) == after
     unpatched(model, undo)
-    assert struck(patched, model, undo, tried // 2, how) is False
+    assert struck(partial(patched, model, undo), tried // 2, how) != UNREACHED
     patched(model, undo)  # the same command again
     assert forgetful(digests(model)) == after
 
@@ -145,7 +104,7 @@ def test_an_undoing_that_is_killed_is_done_again(
     before, after = outcomes
     undo = tmp_path / "model.undo"
     patched(model, undo)
-    for _ in points(unpatched, model, undo, how):
+    for _ in points(partial(unpatched, model, undo), how):
         check_blind(model, before, after)
         unpatched(model, undo)
         assert forgetful(digests(model)) == before
@@ -159,7 +118,7 @@ def test_an_error_is_undone_at_once(
 ) -> None:
     before, after = outcomes
     undo = tmp_path / "model.undo"
-    for _ in points(patched, model, undo, how):
+    for _ in points(partial(patched, model, undo), how):
         assert marked(model) is None
         if digests(model) != after:  # struck at the last flush, when it was done
             assert digests(model) == before
