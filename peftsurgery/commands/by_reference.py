@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftsurgery.commands.changed_weights import changed, written
 from peftsurgery.commands.exporting import (
     Order,
     Traced,
@@ -17,11 +18,12 @@ from peftsurgery.commands.exporting import (
     verified,
     write_prefix,
 )
+from peftsurgery.commands.lending import COPY, OWN, WRITTEN, Way, lent, told
 from peftsurgery.commands.operating import operated
 from peftsurgery.commands.prefixed import KEPT
 from peftsurgery.commands.report import Report, size
 from peftsurgery.commands.stored_weights import Base, base_of
-from peftsurgery.disk.durable import added, lend, staged, write_json
+from peftsurgery.disk.durable import added, staged, write_json
 from peftsurgery.errors import CheckpointError, NotReferable, listing
 from peftsurgery.events import Event, Listener
 
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 
 CERTIFICATE = "peftsurgery.json"
 BELOW = Path("weights")
-"""Where the checkpoint's files lie below a graph that is written elsewhere: what holds a graph is no checkpoint too."""
+"""Where the weights lie below a graph that is written elsewhere: what holds a graph is no checkpoint too."""
+CHANGED = BELOW / "changed.safetensors"
+"""The file of the weights that lie in no file of the checkpoint as the model computes with them."""
 Graphs = Mapping[str, "ir.Model"]
 """The graphs of one model, by the names of their files."""
 
@@ -40,30 +44,92 @@ Graphs = Mapping[str, "ir.Model"]
 def export_by_reference(order: Order, listen: Listener) -> Report:
     """Export a model without reading its weights, and verify it with them.
 
+    What adapters change is written once, to a file of its own, and all else stays in the checkpoint's.
+
     Raises:
-        NotReferable: it is a live model, an adapter would have to be merged, or weights are not stored as the
-            model computes with them.
+        NotReferable: it is a live model, or weights are not stored as the model computes with them.
         CheckpointError: the files are not what the model needs, or `out` cannot be written.
+        FoldError, TiedSites: an adapter cannot be merged.
         UnsupportedModel, ParityError: as `export_onnx` does.
     """
-    _check(order)
-    listen(Event("export", "tracing", 0, 3))
-    base = base_of(order, order.model)
+    stored = base_of(order, order.model)
+    _check_mostly_stored(stored)
+    base = changed(stored, order.merged)
     beside = order.out.expanduser().resolve() == base.checkpoint.path.resolve()
-    with operated(base.model, *order.worn) as live:
-        made = traced(live, order, base.spans(Path() if beside else BELOW))
-    if beside:
-        _check_own(base, made.graphs)
-    listen(Event("export", "writing", 1, 3))
-    write = _beside if beside else _apart
-    done = write(order, base, made, listen)
+    done = (_beside if beside else _apart)(order, base, listen)
     listen(Event("export", "done", 3, 3))
     return done
 
 
-def _check(order: Order) -> None:
-    if order.merged:
-        raise NotReferable(f"{listing(order.merged)} is merged, and the merged weights lie in no file yet")
+def _check_mostly_stored(base: Base) -> None:
+    """Refuse to write most of a checkpoint again and to call that a reference."""
+    cast = {piece.origin: piece for piece in base.made.values()}
+    if sum(piece.nbytes for piece in cast.values()) > sum(s.nbytes for s in {*base.held.values()}):
+        piece = next(iter(cast.values()))
+        raise NotReferable(
+            f"Most weights are stored in {piece.source}, and the model computes in {piece.dtype}".replace(
+                "torch.", ""
+            )
+        )
+
+
+def _apart(order: Order, base: Base, listen: Listener) -> Report:
+    """Into a directory of its own, which gets the checkpoint's files as cheaply as its file system can."""
+    with staged(order.out) as directory:
+        base = written(base, directory / CHANGED, listen)
+        made = _traced(order, base, BELOW, listen)
+        ways = lent(base.checkpoint.path, BELOW, directory, _files(made.graphs))
+        files = _save(made.graphs, directory, [directory / name for name in made.graphs])
+        write_prefix(made, directory / KEPT)
+        companions(order, base.model, directory)
+        parity = _compared(order, made, files, listen)
+        write_json(directory / CERTIFICATE, certificate(base.model, order, parity))
+        new = [*files, *(directory / name for name, way in ways.items() if way.how in (COPY, WRITTEN))]
+        more = _facts(made.graphs, ways)
+        return report(base.model, order, sum(f.stat().st_size for f in new), made.signature, parity, more)
+
+
+def _beside(order: Order, base: Base, listen: Listener) -> Report:
+    """Beside the checkpoint's own files, none of which is touched."""
+    _check_unchanged(base)
+    path, made = base.checkpoint.path, _traced(order, base, Path(), listen)
+    _check_own(base, made.graphs)
+    names, apart = [*made.graphs], [KEPT] if made.apart else []
+    with added(path, *names, *apart, CERTIFICATE) as (*rest, said):
+        files = _save(made.graphs, path, rest[: len(names)])
+        for prefix in rest[len(names) :]:
+            write_prefix(made, prefix)
+        parity = _compared(order, made, files, listen)
+        before = _made(path / CERTIFICATE)
+        write_json(said, {**certificate(base.model, order, parity), **({"model": before} if before else {})})
+        more = _facts(made.graphs, dict.fromkeys(_files(made.graphs), Way(OWN)))
+        return report(base.model, order, sum(f.stat().st_size for f in files), made.signature, parity, more)
+
+
+def _traced(order: Order, base: Base, below: Path, listen: Listener) -> Traced:
+    listen(Event("export", "tracing", 0, 3))
+    with operated(base.model, *order.kept) as live:
+        made = traced(live, order, base.spans(below))
+    listen(Event("export", "writing", 1, 3))
+    return made
+
+
+def _save(graphs: Graphs, directory: Path, files: Sequence[Path]) -> Sequence[Path]:
+    """Write the graphs, whose weights lie in `directory`, to these files of it."""
+    from peftsurgery.graph import reference, weights
+
+    for file, graph in zip(files, graphs.values(), strict=True):
+        reference.move(graph, directory)
+        weights.save(graph, directory, file.name)
+    return files
+
+
+def _check_unchanged(base: Base) -> None:
+    if base.made:
+        raise CheckpointError(
+            f"{listing([*base.made])} has to be written, and a file of such weights beside {base.checkpoint.path}'s "
+            "own would be taken for the model's by what reads every file there. Name another `-o`; nothing was written."
+        )
 
 
 def _check_own(base: Base, graphs: Graphs) -> None:
@@ -79,51 +145,6 @@ def _check_own(base: Base, graphs: Graphs) -> None:
             f"{listing(links)} in {path} is a symbolic link, as in a cache, and ONNX Runtime follows none that "
             "leaves the graph's directory. Name another `-o`; nothing was written."
         )
-
-
-def _apart(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
-    """Into a directory of its own, which gets the checkpoint's files as cheaply as its file system can."""
-    from peftsurgery.graph import reference, weights
-
-    source = base.checkpoint.path
-    with staged(order.out) as directory:
-        lent = {
-            name: lend(source / Path(name).relative_to(BELOW), directory / name)
-            for name in _files(made.graphs)
-        }
-        for name, graph in made.graphs.items():
-            reference.move(graph, directory)
-            weights.save(graph, directory, name)
-        write_prefix(made, directory / KEPT)
-        companions(order, base.model, directory)
-        parity = _compared(order, made, [directory / name for name in made.graphs], listen)
-        write_json(directory / CERTIFICATE, certificate(base.model, order, parity))
-        copied = sum((directory / name).stat().st_size for name, (way, _) in lent.items() if way == "copy")
-        written = sum((directory / name).stat().st_size for name in made.graphs) + copied
-        more = _facts(made.graphs, {name: way for name, (way, _) in lent.items()}, _said(lent))
-        return report(base.model, order, written, made.signature, parity, more)
-
-
-def _beside(order: Order, base: Base, made: Traced, listen: Listener) -> Report:
-    """Beside the checkpoint's own files, none of which is touched."""
-    from peftsurgery.graph import reference, weights
-
-    path = base.checkpoint.path
-    names, apart = [*made.graphs], [KEPT] if made.apart else []
-    with added(path, *names, *apart, CERTIFICATE) as (*rest, said):
-        files = rest[: len(names)]
-        for prefix in rest[len(names) :]:
-            write_prefix(made, prefix)
-        for file, graph in zip(files, made.graphs.values(), strict=True):
-            reference.move(graph, path)
-            weights.save(graph, path, file.name)
-        parity = _compared(order, made, files, listen)
-        before = _made(path / CERTIFICATE)
-        write_json(said, {**certificate(base.model, order, parity), **({"model": before} if before else {})})
-        more = _facts(
-            made.graphs, dict.fromkeys(_files(made.graphs), "own"), "the checkpoint's own, untouched"
-        )
-        return report(base.model, order, sum(f.stat().st_size for f in files), made.signature, parity, more)
 
 
 def _made(file: Path) -> Any:
@@ -143,30 +164,17 @@ def _compared(order: Order, made: Traced, graphs: Sequence[Path], listen: Listen
 
 
 def _files(graphs: Graphs) -> list[str]:
-    """The checkpoint's files that the graphs read."""
+    """The files that the graphs read."""
     from peftsurgery.graph import reference
 
     return sorted({file for graph in graphs.values() for file in reference.files(graph)})
 
 
-def _facts(graphs: Graphs, ways: dict[str, str], said: str) -> dict[str, Any]:
+def _facts(graphs: Graphs, ways: Mapping[str, Way]) -> dict[str, Any]:
     from peftsurgery.graph import reference
 
     return {
         "referenced": size(sum(reference.nbytes(graph) for graph in graphs.values())),
-        "weights": f"by reference: {said}",
-        "files": dict(ways),
+        "weights": f"by reference: {told(ways)}",
+        "files": {name: way.how for name, way in ways.items()},
     }
-
-
-def _said(lent: dict[str, tuple[str, str]]) -> str:
-    """How the checkpoint's files came beside the graph, in words for a person."""
-    ways = {way for way, _ in lent.values()}
-    words = []
-    if "copy" in ways:
-        words.append(f"copied, for {', '.join(sorted({why for way, why in lent.values() if way == 'copy'}))}")
-    if "hard link" in ways:
-        words.append("hard links, which ONNX Runtime reads and onnx's own checker and loader refuse")
-    if "reflink" in ways:
-        words.append("reflinks, files of their own that share their blocks with the checkpoint's")
-    return "; ".join(words)

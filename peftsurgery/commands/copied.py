@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftsurgery.commands.changed_weights import changed
 from peftsurgery.commands.exporting import (
     Order,
     Traced,
@@ -74,12 +75,13 @@ def _compared(
 def _opened(order: Order) -> Iterator[tuple[nn.Module, Away | None]]:
     """The model to trace, and what gives its weights where it has none."""
     try:
-        base = None if order.merged else base_of(order, order.model)
+        base = changed(base_of(order, order.model), order.merged)
     except NotReferable:
-        base = None
-    source, away = (order.model, None) if base is None else (base.model, base.readers())
-    with operated(source, *order.worn) as model:
-        yield model, away
+        with operated(order.model, *order.worn) as model:
+            yield model, None
+        return
+    with operated(base.model, *order.kept) as model:
+        yield model, base.readers()
 
 
 def _write(order: Order, model: nn.Module, made: Traced, directory: Path) -> list[Path]:

@@ -63,9 +63,15 @@ class Order:
         return None if self.dtype is None else str(self.dtype).removeprefix("torch.")
 
     @property
-    def merged(self) -> list[str]:
-        """The names of the adapters that are folded into the weights."""
-        return [] if self.factored else [a.name for a in self.adapters if not stays(a)]
+    def merged(self) -> list[Adapter]:
+        """The adapters that are folded into the weights."""
+        return [] if self.factored else [a for a in self.adapters if not stays(a)]
+
+    @property
+    def kept(self) -> tuple[list[Adapter], bool, str | None, bool, Reading]:
+        """What `operated` takes beside a model that the merged ones are in already."""
+        left = [a for a in self.adapters if self.factored or stays(a)]
+        return left, *self.worn[1:]
 
     @property
     def form(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from peftsurgery.adapter import Adapter, moved, rebased
 from peftsurgery.commands.blueprints import blueprint
 from peftsurgery.commands.companions import refuse_quantised
-from peftsurgery.disk.checkpoint import Checkpoint, load
+from peftsurgery.disk.checkpoint import Checkpoint, Stored, load
 from peftsurgery.errors import AdapterError, CheckpointError, NotFoldable, listing
 from peftsurgery.fold import folded, touches
 from peftsurgery.live import anatomy
@@ -146,20 +146,22 @@ def _settled(
     """The adapters without the sites of twins that stay tied, and the groups that are split."""
     touched = touches(*adapters).keys()
     hit = [group for group in groups if any(name in touched for name in group)]
-    new = dict(_folded_groups(checkpoint, stored, hit, adapters))
+    held = {live: checkpoint.tensors[name] for live, name in stored.items()}
+    new = dict(folded_groups(held, hit, adapters))
     split = settle(hit, new, untie=untie)
     dropped = {name for group in hit if group not in split for name in group if name not in stored}
     return [_without(adapter, dropped) for adapter in adapters], split
 
 
-def _folded_groups(
-    checkpoint: Checkpoint,
-    stored: Mapping[str, str],
+def folded_groups(
+    held: Mapping[str, Stored | Tensor],
     hit: Sequence[tuple[str, ...]],
     adapters: Sequence[Adapter],
 ) -> Iterable[tuple[str, Tensor]]:
+    """What becomes of every name of these groups of tied tensors that the adapters change, for `settle`."""
     for group in hit:
-        value = load(checkpoint.tensors[next(stored[name] for name in group if name in stored)])
+        origin = next(held[name] for name in group if name in held)
+        value = load(origin) if isinstance(origin, Stored) else origin
         touched = [name for name in group if name in touches(*adapters)]
         alone = [_only(adapter, set(touched)) for adapter in adapters]
         yield from folded(((name, value) for name in touched), *alone)

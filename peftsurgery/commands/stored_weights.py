@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from peftsurgery.commands.fitting import common_task, labels
 from peftsurgery.commands.operating import brought
 from peftsurgery.disk.checkpoint import Checkpoint, Stored, load, open_checkpoint
 from peftsurgery.disk.locate import locate
+from peftsurgery.disk.pieces import Piece, whole
 from peftsurgery.errors import CheckpointError, NotReferable, listing
 from peftsurgery.live import pretrained
 from peftsurgery.live.hollow import hollow
@@ -33,25 +34,31 @@ class Base:
     Args:
         model: with parameters that have no bytes, and buffers that have.
         held: for each parameter's name, tied ones under every name, where its bytes lie.
+        made: the same for those that lie nowhere as the model computes with them: what makes them.
     """
 
     model: nn.Module
     checkpoint: Checkpoint
     held: Mapping[str, Stored]
+    made: Mapping[str, Piece] = field(default_factory=dict)
 
     def spans(self, below: Path) -> dict[str, Span]:
-        """Where the bytes lie, in a graph's words, if the checkpoint's files lie `below` the graph's directory."""
+        """Where the bytes lie, in a graph's words, if all files lie `below` the graph's directory."""
         from peftsurgery.graph.reference import Span
 
-        root = self.checkpoint.path
         return {
-            name: Span((below / stored.file.relative_to(root)).as_posix(), stored.start, stored.nbytes)
+            name: Span((below / self._within(stored.file)).as_posix(), stored.start, stored.nbytes)
             for name, stored in self.held.items()
         }
 
+    def _within(self, file: Path) -> Path:
+        own = [shard.file for shard in self.checkpoint.shards]
+        return file.relative_to(self.checkpoint.path) if file in own else Path(file.name)
+
     def readers(self) -> dict[str, Callable[[], Tensor]]:
-        """What reads each of them; the memory goes back with the tensor."""
-        return {name: partial(load, stored) for name, stored in self.held.items()}
+        """What reads or makes each of them; the memory goes back with the tensor."""
+        read = {name: partial(load, stored) for name, stored in self.held.items()}
+        return {**read, **{name: partial(whole, piece) for name, piece in self.made.items()}}
 
 
 def base_of(order: Order, source: nn.Module | str | Path) -> Base:
@@ -76,7 +83,8 @@ def base_of(order: Order, source: nn.Module | str | Path) -> Base:
     held = _fitting(model, checkpoint, found, brought(order.adapters))
     buffers = dict(model.named_buffers())
     fill(model, {name: load(stored) for name, stored in held.items() if name in buffers})
-    return Base(model, checkpoint, held)
+    cast = _cast(model, held)
+    return Base(model, checkpoint, {name: held[name] for name in held if name not in cast}, cast)
 
 
 def _dtype(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.dtype:
@@ -128,25 +136,35 @@ def _same(one: Stored, other: Stored) -> bool:
 def _fitting(
     model: nn.Module, checkpoint: Checkpoint, found: Mapping[str, Stored], fresh: Collection[str]
 ) -> dict[str, Stored]:
-    """What is stored for the model, without what the adapters bring in its place."""
-    state = model.state_dict()
-    needed = [name for name in state if not pretrained.inside(name, fresh)]
-    pretrained.check_complete(
-        checkpoint.path, type(model).__name__, [name for name in needed if name not in found]
-    )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name in needed:
-        _check(found[name], name, state[name], name in parameters)
-    return {name: found[name] for name in needed}
-
-
-def _check(stored: Stored, name: str, expected: torch.Tensor, referenced: bool) -> None:
-    if stored.shape != tuple(expected.shape):
+    """What is stored for the model; what the adapters bring in its place may be missing, or have another shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    replaced = {name for name in shapes if pretrained.inside(name, fresh)}
+    lost = [name for name in shapes if name not in found and name not in replaced]
+    pretrained.check_complete(checkpoint.path, type(model).__name__, lost)
+    fits = {
+        name: found[name] for name, shape in shapes.items() if name in found and found[name].shape == shape
+    }
+    for name in found.keys() & shapes.keys() - fits.keys() - replaced:
         raise CheckpointError(
-            f"{stored.file} holds {stored.name!r} as {stored.shape}, and the model has {name!r} as "
-            f"{tuple(expected.shape)}. Correct config.json; nothing was written."
+            f"{found[name].file} holds {found[name].name!r} as {found[name].shape}, and the model has {name!r} as "
+            f"{shapes[name]}. Correct config.json; nothing was written."
         )
-    if referenced and stored.torch_dtype != expected.dtype:
-        raise NotReferable(
-            f"{stored.file} holds {stored.name!r} in {stored.torch_dtype}, and the model computes in {expected.dtype}"
-        )
+    return fits
+
+
+def _cast(model: nn.Module, held: Mapping[str, Stored]) -> dict[str, Piece]:
+    """What the model computes with in another dtype than it is stored in; tied names share a piece.
+
+    Raises:
+        NotReferable: it is stored in numbers that are not its values.
+    """
+    made: dict[int, Piece] = {}
+    cast = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name not in held or held[name].torch_dtype == parameter.dtype:
+            continue
+        if not held[name].torch_dtype.is_floating_point or held[name].torch_dtype.itemsize < 2:
+            raise NotReferable(f"{held[name].file} holds {held[name].name!r} in {held[name].torch_dtype}")
+        piece = Piece(name, parameter.dtype, held[name])
+        cast[name] = made.setdefault(id(held[name]), piece)
+    return cast

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftsurgery.changes import Change
 from peftsurgery.disk.rooms import ROOMS
-from peftsurgery.disk.shard import Stored, read_into
+from peftsurgery.disk.shard import Stored, load, read_into
 from peftsurgery.fold import fold_tile, tiles
 from peftsurgery.tally import Tally
 
@@ -130,6 +130,16 @@ def make(
             piece.name, piece.changes, base[here], rows, out[here], device=device, measure=measure
         )
     return found
+
+
+def whole(piece: Piece) -> Tensor:
+    """All of it, in memory; what is neither changed nor cast is mapped, and read when it is used."""
+    base = load(piece.origin) if isinstance(piece.origin, Stored) else piece.origin.detach()
+    if not piece.changes:
+        return base.to(piece.dtype)
+    made = torch.empty(piece.shape, dtype=piece.dtype)
+    make(piece, Block(tiles(piece.changes, piece.shape)), base, made)
+    return made
 
 
 def span(piece: Piece, rows: slice) -> tuple[int, int]:

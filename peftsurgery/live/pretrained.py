@@ -68,7 +68,7 @@ def load(
         dtype: that of the weights; the checkpoint's own by default.
 
     Raises:
-        CheckpointError: the checkpoint lacks weights that the model needs.
+        CheckpointError: the checkpoint lacks weights that the model needs, or has them in other shapes.
     """
     found = config(path, labels, trust_remote_code=trust_remote_code)
     cls = model_class(found, task, trust_remote_code=trust_remote_code)
@@ -80,9 +80,20 @@ def load(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=bool(fresh),  # a head that an adapter brings may have labels of its own
         )
+    _check_sizes(path, info["mismatched_keys"], fresh)
     check_complete(path, cls.__name__, [name for name in info["missing_keys"] if not inside(name, fresh)])
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _check_sizes(path: Path, wrong: Iterable[tuple[str, Any, Any]], fresh: Collection[str]) -> None:
+    for name, stored, wanted in wrong:
+        if not inside(name, fresh):
+            raise CheckpointError(
+                f"{path} holds {name!r} as {tuple(stored)}, and the model has it as {tuple(wanted)}. "
+                "Correct config.json; nothing was written."
+            )
 
 
 def check_complete(path: Path, cls: str, lost: Collection[str]) -> None:

@@ -342,9 +342,6 @@ def test_what_cannot_be_referenced_is_refused(bert: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"lacks 'classifier\.bias'"):
         ps.export_onnx(bert, out=tmp_path / "no", weights="reference", task="seq-cls")
     base = Path(shutil.copytree(bert, tmp_path / "base"))
-    rewritten(base, lambda held: {**held, "pooler.dense.bias": held["pooler.dense.bias"].half()})
-    with pytest.raises(NotReferable, match=r"'pooler\.dense\.bias' in torch\.float16.*--weights copy"):
-        ps.export_onnx(base, out=tmp_path / "no", weights="reference")
     rewritten(base, lambda held: {**held, "pooler.dense.bias": torch.zeros(7)})
     with pytest.raises(CheckpointError, match=r"\(7,\).*\(32,\)"):
         ps.export_onnx(base, out=tmp_path / "no", weights="reference")
