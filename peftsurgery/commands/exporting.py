@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from peftsurgery.graph.signature import Signature
 
 
+Worn = tuple[list[Adapter], bool, str | None, bool, Reading, torch.dtype | None]
+"""What `operated` takes beside the model."""
+
+
 @dataclass(frozen=True, slots=True)
 class Order:
     """What is to be exported, and how: the words of `export_onnx`, its adapters loaded."""
@@ -53,7 +57,7 @@ class Order:
     dtype: torch.dtype | None = None
 
     @property
-    def worn(self) -> tuple[list[Adapter], bool, str | None, bool, Reading, torch.dtype | None]:
+    def worn(self) -> Worn:
         """What `operated` takes beside the model."""
         return self.adapters, self.factored, self.task, self.trust_remote_code, self.reading, self.dtype
 
@@ -68,7 +72,7 @@ class Order:
         return [] if self.factored else [a for a in self.adapters if not stays(a)]
 
     @property
-    def kept(self) -> tuple[list[Adapter], bool, str | None, bool, Reading]:
+    def kept(self) -> Worn:
         """What `operated` takes beside a model that the merged ones are in already."""
         left = [a for a in self.adapters if self.factored or stays(a)]
         return left, *self.worn[1:]

@@ -19,6 +19,7 @@ from peftsurgery.disk.pieces import Piece, whole
 from peftsurgery.errors import CheckpointError, NotReferable, listing
 from peftsurgery.live import pretrained
 from peftsurgery.live.hollow import hollow
+from peftsurgery.live.precision import convert
 from peftsurgery.live.sites import ties
 from peftsurgery.live.swap import fill
 
@@ -71,13 +72,15 @@ def base_of(order: Order, source: nn.Module | str | Path) -> Base:
     if not isinstance(source, str | Path):
         raise NotReferable("A live model's weights lie in no file that a graph could read")
     checkpoint = open_checkpoint(locate(source))
+    dtype = order.dtype or _dtype(checkpoint, order.trust_remote_code)
     model = hollow(
         checkpoint.path,
-        order.dtype or _dtype(checkpoint, order.trust_remote_code),
+        dtype,
         task=common_task(order.adapters, order.task),
         labels=labels(order.adapters),
         trust_remote_code=order.trust_remote_code,
     )
+    convert(model, dtype)
     found = _found(model, checkpoint)
     _spread(model, found)
     held = _fitting(model, checkpoint, found, brought(order.adapters))
