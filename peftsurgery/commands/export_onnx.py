@@ -39,6 +39,7 @@ def export_onnx(
     weights: str | None = None,
     prefix: str = BAKED,
     dtype: str | None = None,
+    portable: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -64,6 +65,7 @@ def export_onnx(
         prefix: what becomes of a decoder's soft prompt: `baked` into the graph, whose inputs speak of the caller's
             own tokens alone, or a `file`, `prefix.safetensors`, that a session feeds to the graph of the base.
         dtype: `float32`, `float16` or `bfloat16`, of weights, keys, values and logits; the model's own by default.
+        portable: use operators of ONNX alone, and none of ONNX Runtime's own.
 
     Raises:
         UnsupportedModel: no export for this architecture or task.
@@ -86,6 +88,7 @@ def export_onnx(
         prefix,
         weights,
         dtype_named(dtype),
+        portable,
     )
     _check_words(order)
     return _export(order, listen)

@@ -55,6 +55,7 @@ class Order:
     prefix: str
     weights: str | None
     dtype: torch.dtype | None = None
+    portable: bool = False
 
     @property
     def worn(self) -> Worn:
@@ -110,7 +111,9 @@ def traced(live: nn.Module, order: Order, held: Mapping[str, Held] | None = None
         tables, tokens = soft.named(live)
         names, said = partial(canonical_name, live), bare.signature
         tabled = [names(table) for table in tables]
-        words = partial(trace, opset=order.opset, tables=tabled, tokens=tokens, held=held)
+        words = partial(
+            trace, opset=order.opset, tables=tabled, tokens=tokens, held=held, portable=order.portable
+        )
         if said.task != SEQ2SEQ:
             graph = words(live, said, names=names, prefix=bare.prefix, watch=layers.of(live))
             return Traced({seq2seq.SINGLE: graph}, said, bare.prefix, bare.apart)

@@ -47,6 +47,11 @@ export_options = together(
         "model.onnx.data, or keep them in the graph.",
     ),
     click.option(
+        "--portable",
+        is_flag=True,
+        help="Use operators of ONNX alone, and none of ONNX Runtime's own.",
+    ),
+    click.option(
         "--prefix",
         type=click.Choice(["baked", "file"]),
         default="baked",

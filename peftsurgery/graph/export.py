@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.errors import ExportError, UnsupportedModel, cause
-from peftsurgery.graph import cache, layers, passes, precision, reference, sites, virtual
+from peftsurgery.graph import cache, layers, linear, passes, precision, reference, sites, virtual
 from peftsurgery.graph.inputs import as_torch, sample
 from peftsurgery.graph.posture import eager, evaluating
 from peftsurgery.graph.reference import Held
@@ -69,6 +69,7 @@ def trace(
     prefix: Mapping[str, Tensor] | None = None,
     run: Run = call,
     watch: layers.Layers | None = None,
+    portable: bool = False,
 ) -> ir.Model:
     """The model as an ONNX graph, dynamic in batch and length; the model is left as it was.
 
@@ -85,6 +86,7 @@ def trace(
         held: where the initializers lie whose parameters have no bytes, and stay, (out, in); or what gives them later.
         run: from the model and its inputs by name to its outputs by name.
         watch: the layers by name whose outputs the graph remembers, so that `verify` can look at them.
+        portable: read weights in files with operators of ONNX alone.
 
     Raises:
         UnsupportedModel: torch cannot trace it.
@@ -100,7 +102,7 @@ def trace(
     passes.lean(
         graph, {*parameters, *(prefix or {})}, bake=partial(virtual.bake, tables=tables, tokens=tokens or {})
     )
-    reference.read_as_stored(graph)
+    linear.read_as_stored(graph, portable=portable)
     precision.finite(graph)
     _dress(graph, signature)
     _record(graph, signature)

@@ -11,13 +11,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from peftsurgery.errors import NotReferable
-from peftsurgery.graph.passes import as_ir, swaps
+from peftsurgery.graph.passes import as_ir
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-CONTRIB = "com.microsoft"
-"""The domain of ONNX Runtime's own operators."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,41 +86,3 @@ def nbytes(model: ir.Model) -> int:
 
     held = (value.const_value for value in model.graph.initializers.values())
     return sum(tensor.nbytes for tensor in held if isinstance(tensor, ir.ExternalTensor))
-
-
-def read_as_stored(model: ir.Model) -> None:
-    """`MatMul(x, Transpose(W))` of a W in a file becomes `FusedMatMul(x, W, transB=1)`.
-
-    A Transpose would make ONNX Runtime write every weight again, in memory, whenever it loads the graph.
-    FusedMatMul is an operator of ONNX Runtime alone and takes a left side of any rank; ONNX's own Gemm takes
-    matrices only, and would need two Reshapes and the shape arithmetic for them at every linear map.
-    """
-    import onnx_ir as ir
-
-    for value in list(model.graph.initializers.values()):
-        if isinstance(value.const_value, ir.ExternalTensor):
-            for node in [node for node, _ in value.uses() if swaps(node)]:
-                _fuse(model, value, node)
-
-
-def _fuse(model: ir.Model, weight: ir.Value, transpose: ir.Node) -> None:
-    turned = transpose.outputs[0]
-    for node, index in list(turned.uses()):
-        if node.op_type == "MatMul" and index == 1 and not node.domain:
-            _replace(model, node, weight)
-    if not turned.uses() and not turned.is_graph_output():
-        model.graph.remove(transpose, safe=True)
-
-
-def _replace(model: ir.Model, node: ir.Node, weight: ir.Value) -> None:
-    import onnx_ir as ir
-
-    fused = ir.node(
-        "FusedMatMul", [node.inputs[0], weight], {"transB": 1}, domain=CONTRIB, name=node.name, num_outputs=1
-    )
-    old, new = node.outputs[0], fused.outputs[0]
-    new.name, new.shape, new.type = old.name, old.shape, old.type
-    model.graph.insert_before(node, fused)
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    model.graph.remove(node, safe=True)
-    model.graph.opset_imports[CONTRIB] = 1

@@ -394,3 +394,28 @@ def test_an_export_moves_and_is_copied(run: Run, bert: Path, tmp_path: Path) -> 
         )
         assert done.stdout.strip() == "3", done.stderr
     base.chmod(0o755)
+
+
+def test_portable_operators_read_weights_as_they_are_stored(
+    stored: tuple[Path, object], tmp_path: Path, no_reflink: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", shutil.copyfile)  # onnx's checker refuses hard links
+    base, _ = stored
+    report = ps.export_onnx(base, out=tmp_path / "onnx", portable=True)
+    assert report.facts["parity"]["max_abs_diff"] <= 1e-5
+    onnx.checker.check_model(tmp_path / "onnx" / "model.onnx", full_check=True)
+    model = onnx.load(tmp_path / "onnx" / "model.onnx", load_external_data=False)
+    assert (
+        {node.domain for node in model.graph.node} == {""} == {opset.domain for opset in model.opset_import}
+    )
+    held = external(tmp_path / "onnx" / "model.onnx")
+    readers = {n: {node.op_type for node in model.graph.node if n in node.input} for n in held}
+    assert not [name for name, words in readers.items() if "Transpose" in words]
+    matrices = [
+        tuple(t.dims) for t in model.graph.initializer if readers.get(t.name) == {"Gemm"} and len(t.dims) == 2
+    ]
+    assert len(matrices) > 8
+    shapes = [node for node in model.graph.node if node.op_type == "Reshape"]
+    assert len({(node.input[0], node.input[1]) for node in shapes}) == len(shapes), (
+        "maps of one x share its matrix"
+    )
