@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from peftsurgery import __version__
-from peftsurgery.errors import FleetError, ParityError, SurgeryError
+from peftsurgery.errors import FleetError, ParityError, PlacementError, SurgeryError
 from peftsurgery.flags.chosen import chosen_method, chosen_reading
 from peftsurgery.flags.common import reading_options, report_options, trust_options
 from peftsurgery.flags.comparing import comparing_options
@@ -47,7 +47,7 @@ def run(shown: Mapping[str, Any], call: Callable[..., Any], *, bad_input: int = 
     except SurgeryError as error:
         if shown["verbose"]:
             raise
-        report = error.report if isinstance(error, ParityError | FleetError) else None
+        report = error.report if isinstance(error, ParityError | FleetError | PlacementError) else None
         if report is not None:
             show(shown, report)
         click.echo(f"Error: {error}", err=True)

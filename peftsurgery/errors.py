@@ -24,6 +24,7 @@ SurgeryError
 └── ExportError      it cannot be exported, or the export is not the model
     ├── UnsupportedModel
     ├── NotReferable       .reason
+    ├── PlacementError     .report
     └── ParityError        .max_abs_diff .tolerance .output
 """
 
@@ -190,6 +191,14 @@ class NotReferable(ExportError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"{reason}. Export with `--weights copy`; nothing was written.")
         self.reason = reason
+
+
+class PlacementError(ExportError):
+    """A node that computes would run beside the GPU; the report at `report` has them all."""
+
+    def __init__(self, message: str, *, report: object) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class ParityError(ExportError):

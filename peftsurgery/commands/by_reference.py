@@ -86,7 +86,7 @@ def _apart(order: Order, base: Base, listen: Listener) -> Report:
         write_json(directory / CERTIFICATE, certificate(base.model, order, parity))
         new = [*files, *(directory / name for name, way in ways.items() if way.how in (COPY, WRITTEN))]
         more = _facts(made.graphs, ways)
-        return report(base.model, order, sum(f.stat().st_size for f in new), made.signature, parity, more)
+        return report(base.model, order, sum(f.stat().st_size for f in new), made, parity, more)
 
 
 def _beside(order: Order, base: Base, listen: Listener) -> Report:
@@ -103,7 +103,7 @@ def _beside(order: Order, base: Base, listen: Listener) -> Report:
         before = _made(path / CERTIFICATE)
         write_json(said, {**certificate(base.model, order, parity), **({"model": before} if before else {})})
         more = _facts(made.graphs, dict.fromkeys(_files(made.graphs), Way(OWN)))
-        return report(base.model, order, sum(f.stat().st_size for f in files), made.signature, parity, more)
+        return report(base.model, order, sum(f.stat().st_size for f in files), made, parity, more)
 
 
 def _traced(order: Order, base: Base, below: Path, listen: Listener) -> Traced:

@@ -59,7 +59,7 @@ def export_copied(order: Order, why: str, listen: Listener) -> Report:
         write_json(directory / "peftsurgery.json", certificate(model, order, parity))
         nbytes = sum(file.stat().st_size for file in files)
         listen(Event("export", "done", 3, 3))
-        return report(model, order, nbytes, made.signature, parity, {"weights": _said(order, why)})
+        return report(model, order, nbytes, made, parity, {"weights": _said(order, why)})
 
 
 def _compared(

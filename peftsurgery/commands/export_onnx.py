@@ -11,6 +11,7 @@ from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.by_reference import export_by_reference
 from peftsurgery.commands.copied import INLINE, export_copied
 from peftsurgery.commands.exporting import Order
+from peftsurgery.commands.placement import CUDA
 from peftsurgery.commands.prefixed import BAKED, FILE
 from peftsurgery.commands.report import Report
 from peftsurgery.dtypes import dtype_named
@@ -40,6 +41,7 @@ def export_onnx(
     prefix: str = BAKED,
     dtype: str | None = None,
     portable: bool = False,
+    check_placement: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -66,11 +68,13 @@ def export_onnx(
             own tokens alone, or a `file`, `prefix.safetensors`, that a session feeds to the graph of the base.
         dtype: `float32`, `float16` or `bfloat16`, of weights, keys, values and logits; the model's own by default.
         portable: use operators of ONNX alone, and none of ONNX Runtime's own.
+        check_placement: `cuda` looks up, without a GPU, whether every node that computes has a kernel there.
 
     Raises:
         UnsupportedModel: no export for this architecture or task.
         NotReferable: `weights` is `reference`, and they lie in no file as the model computes with them.
         ParityError: ONNX Runtime does not agree with torch; nothing is left at `out`.
+        PlacementError: a node that computes would run on the CPU; nothing was written.
         AdapterError, FoldError, CheckpointError, PlanError.
     """
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
@@ -89,6 +93,7 @@ def export_onnx(
         weights,
         dtype_named(dtype),
         portable,
+        check_placement,
     )
     _check_words(order)
     return _export(order, listen)
@@ -99,6 +104,8 @@ def _check_words(order: Order) -> None:
         raise PlanError(
             f"weights is {order.weights!r} and is {REFERENCE!r}, {COPY!r} or {INLINE!r}. Nothing was written."
         )
+    if order.check_placement not in (None, CUDA):
+        raise PlanError(f"check_placement is {order.check_placement!r} and is {CUDA!r}. Nothing was written.")
     if order.prefix not in (BAKED, FILE):
         raise PlanError(f"prefix is {order.prefix!r} and is {BAKED!r} or {FILE!r}. Nothing was written.")
 

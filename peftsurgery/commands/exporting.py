@@ -15,6 +15,7 @@ from peftsurgery import __version__
 from peftsurgery.adapter import Adapter
 from peftsurgery.commands.companions import carry, merged_config
 from peftsurgery.commands.operating import operated, stays
+from peftsurgery.commands.placement import placement
 from peftsurgery.commands.prefixed import computed, generates, plain
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.adapter_files import put
@@ -54,8 +55,9 @@ class Order:
     trust_remote_code: bool
     prefix: str
     weights: str | None
-    dtype: torch.dtype | None = None
-    portable: bool = False
+    dtype: torch.dtype | None
+    portable: bool
+    check_placement: str | None
 
     @property
     def worn(self) -> Worn:
@@ -93,16 +95,23 @@ class Traced(NamedTuple):
     Args:
         graphs: by the names of their files.
         prefix, apart: a decoder's soft prompts, in the graph or to be fed to it (see `Plain`).
+        facts: what a report says of the graphs.
     """
 
     graphs: Mapping[str, Any]
     signature: Signature
     prefix: Mapping[str, Tensor]
     apart: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
 
 
 def traced(live: nn.Module, order: Order, held: Mapping[str, Held] | None = None) -> Traced:
-    """The graphs of a model; initializers in `held` stay where they lie."""
+    """The graphs of a model; initializers in `held` stay where they lie.
+
+    Raises:
+        PlacementError: placement is to be checked, and something has no kernel.
+        UnsupportedModel, ExportError: as `trace` does.
+    """
     from peftsurgery.graph import layers, seq2seq
     from peftsurgery.graph.export import trace
     from peftsurgery.graph.signature import SEQ2SEQ
@@ -115,13 +124,16 @@ def traced(live: nn.Module, order: Order, held: Mapping[str, Held] | None = None
             trace, opset=order.opset, tables=tabled, tokens=tokens, held=held, portable=order.portable
         )
         if said.task != SEQ2SEQ:
-            graph = words(live, said, names=names, prefix=bare.prefix, watch=layers.of(live))
-            return Traced({seq2seq.SINGLE: graph}, said, bare.prefix, bare.apart)
-        inside = partial(_inside, names)
-        parts = seq2seq.halves(live, said, soft.cached(live))
-        words = partial(words, names=inside, run=seq2seq.run)
-        graphs = {p.file: words(p.module, p.signature, watch=layers.of(live, p.part)) for p in parts}
-        return Traced(graphs, said, bare.prefix, bare.apart)
+            graphs = {
+                seq2seq.SINGLE: words(live, said, names=names, prefix=bare.prefix, watch=layers.of(live))
+            }
+        else:
+            inside = partial(_inside, names)
+            parts = seq2seq.halves(live, said, soft.cached(live))
+            words = partial(words, names=inside, run=seq2seq.run)
+            graphs = {p.file: words(p.module, p.signature, watch=layers.of(live, p.part)) for p in parts}
+        facts = placement(graphs) if order.check_placement else {}
+        return Traced(graphs, said, bare.prefix, bare.apart, facts)
 
 
 def _inside(names: Callable[[str], str], full: str) -> str:
@@ -210,7 +222,7 @@ def report(
     live: nn.Module,
     order: Order,
     nbytes: int,
-    signature: Signature,
+    made: Traced,
     parity: Parity | None,
     more: Mapping[str, Any] | None = None,
 ) -> Report:
@@ -218,11 +230,13 @@ def report(
     facts: dict[str, Any] = {
         "architecture": type(live).__name__,
         "form": order.form,
-        "inputs": [port.name for port in signature.inputs],
-        "outputs": [port.name for port in signature.outputs],
+        "inputs": [port.name for port in made.signature.inputs],
+        "outputs": [port.name for port in made.signature.outputs],
         "size": size(nbytes),
         "out": str(order.out),
         "parity": None if parity is None else parity.to_dict(),
+        "remark": "" if parity is None else parity.remark,
+        **made.facts,
         **(more or {}),
     }
     table = parity_table(parity) if parity is not None else ()

@@ -26,6 +26,11 @@ export_options = together(
         type=click.Choice(["float32", "float16", "bfloat16"]),
         help="Of weights, keys, values and logits; the model's own by default.",
     ),
+    click.option(
+        "--check-placement",
+        type=click.Choice(["cuda"]),
+        help="Look up whether every node that computes has a kernel there; no GPU is needed.",
+    ),
     click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset."),
     click.option(
         "--no-verify",

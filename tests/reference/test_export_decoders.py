@@ -17,6 +17,7 @@ from peftsurgery.graph import weights
 from peftsurgery.graph.export import trace
 from peftsurgery.graph.generation import continuing, steps
 from peftsurgery.graph.sampling import Sampling
+from peftsurgery.graph.placement import placed
 from peftsurgery.graph.session import Session
 from peftsurgery.graph.signature import signature
 from tests.subjects import transformer
@@ -146,6 +147,12 @@ def test_every_parameter_keeps_its_name(name: str) -> None:
     held = {tensor.name for tensor in onnx.load(path).graph.initializer}
     lost = {parameter for parameter, _ in model.named_parameters()} - held
     assert not lost
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_node_that_computes_has_a_cuda_kernel(name: str) -> None:
+    found = placed(weights.load(exported(name)[1]))
+    assert found.lost == () and found.device > found.shapes and found.copies <= 2
 
 
 @pytest.mark.parametrize("name", CASES)
