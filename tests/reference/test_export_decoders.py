@@ -16,8 +16,8 @@ from torch import nn
 from peftsurgery.graph import weights
 from peftsurgery.graph.export import trace
 from peftsurgery.graph.generation import continuing, steps
-from peftsurgery.graph.sampling import Sampling
 from peftsurgery.graph.placement import placed
+from peftsurgery.graph.sampling import Sampling
 from peftsurgery.graph.session import Session
 from peftsurgery.graph.signature import signature
 from tests.subjects import transformer
