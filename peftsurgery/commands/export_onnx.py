@@ -78,23 +78,8 @@ def export_onnx(
         AdapterError, FoldError, CheckpointError, PlanError.
     """
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
-    order = Order(
-        model,
-        given,
-        Path(out),
-        factored,
-        task,
-        opset,
-        verify,
-        tolerance,
-        reading,
-        trust_remote_code,
-        prefix,
-        weights,
-        dtype_named(dtype),
-        portable,
-        check_placement,
-    )
+    said = factored, task, opset, verify, tolerance, reading, trust_remote_code, prefix, weights
+    order = Order(model, given, Path(out), *said, dtype_named(dtype), portable, check_placement)
     _check_words(order)
     return _export(order, listen)
 
