@@ -12,7 +12,7 @@ RAY_READY := $(VENV)/.ray-ready
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo example-soft example-fusion test test-ray lint format bench bench-peers docs fixtures clean
+.PHONY: help venv demo example-soft example-fusion test test-ray lint format bench bench-peers goldens docs fixtures clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo 'make format    let ruff rewrite what it can'
 	@echo 'make bench     the benchmarks; results in benchmarks/results/'
 	@echo 'make bench-peers  fetch into build/peers what the benchmark of the merge compares with'
+	@echo 'make goldens   every golden through ONNX Runtime; the table in docs/goldens.md'
 	@echo 'make docs      build the documentation into build/site; a dead link fails'
 	@echo 'make fixtures  recompute the golden arrays with PEFT and compare'
 	@echo 'make venv      .venv with the exact versions of constraints.txt'
@@ -92,6 +93,9 @@ bench: $(READY)
 # Without its dependencies: the one module that is measured needs torch and PEFT, which the tests have.
 bench-peers: $(READY)
 	$(BIN)/pip install --upgrade --no-deps -c constraints.txt --target build/peers 'axolotl==0.19.0' colorama
+
+goldens: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.goldens
 
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
