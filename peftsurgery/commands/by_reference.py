@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftsurgery.commands.certify import CERTIFICATE, certificate, made_before
 from peftsurgery.commands.changed_weights import changed, written
 from peftsurgery.commands.exporting import (
     Order,
     Traced,
-    certificate,
     companions,
     report,
     traced,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
     from peftsurgery.graph.parity import Parity
 
-CERTIFICATE = "peftsurgery.json"
 BELOW = Path("weights")
 """Where the weights lie below a graph that is written elsewhere: what holds a graph is no checkpoint too."""
 CHANGED = BELOW / "changed.safetensors"
@@ -83,7 +81,9 @@ def _apart(order: Order, base: Base, listen: Listener) -> Report:
         write_prefix(made, directory / KEPT)
         companions(order, base.model, directory)
         parity = _compared(order, made, files, listen)
-        write_json(directory / CERTIFICATE, certificate(base.model, order, parity))
+        own = {name: directory / name for name, way in ways.items() if way.how == WRITTEN}
+        graphs = dict(zip(made.graphs, files, strict=True))
+        write_json(directory / CERTIFICATE, certificate(order, base.model, parity, graphs, own))
         new = [*files, *(directory / name for name, way in ways.items() if way.how in (COPY, WRITTEN))]
         more = _facts(made.graphs, ways)
         return report(base.model, order, sum(f.stat().st_size for f in new), made, parity, more)
@@ -100,8 +100,10 @@ def _beside(order: Order, base: Base, listen: Listener) -> Report:
         for prefix in rest[len(names) :]:
             write_prefix(made, prefix)
         parity = _compared(order, made, files, listen)
-        before = _made(path / CERTIFICATE)
-        write_json(said, {**certificate(base.model, order, parity), **({"model": before} if before else {})})
+        graphs = dict(zip(made.graphs, files, strict=True))
+        before = made_before(path / CERTIFICATE)
+        made_of = {"model": before} if before else {}
+        write_json(said, {**certificate(order, base.model, parity, graphs, {}), **made_of})
         more = _facts(made.graphs, dict.fromkeys(_files(made.graphs), Way(OWN)))
         return report(base.model, order, sum(f.stat().st_size for f in files), made, parity, more)
 
@@ -145,14 +147,6 @@ def _check_own(base: Base, graphs: Graphs) -> None:
             f"{listing(links)} in {path} is a symbolic link, as in a cache, and ONNX Runtime follows none that "
             "leaves the graph's directory. Name another `-o`; nothing was written."
         )
-
-
-def _made(file: Path) -> Any:
-    """What a `peftsurgery.json` says of how the checkpoint was made, for it stands where ours will."""
-    if not file.is_file():
-        return None
-    said = json.loads(file.read_text())
-    return said.get("model") if said.get("verb") == "export-onnx" else said
 
 
 def _compared(order: Order, made: Traced, graphs: Sequence[Path], listen: Listener) -> Parity | None:

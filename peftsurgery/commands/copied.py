@@ -7,11 +7,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from peftsurgery.commands.certify import CERTIFICATE, certificate
 from peftsurgery.commands.changed_weights import changed
 from peftsurgery.commands.exporting import (
     Order,
     Traced,
-    certificate,
     companions,
     report,
     traced,
@@ -56,7 +56,9 @@ def export_copied(order: Order, why: str, listen: Listener) -> Report:
         files = _write(order, model, made, directory)
         listen(Event("export", "verifying", 2, 3))
         parity = _compared(order, model, away, made, directory)
-        write_json(directory / "peftsurgery.json", certificate(model, order, parity))
+        graphs = {name: directory / name for name in made.graphs}
+        data = {file.name: file for file in files if file.name not in graphs}
+        write_json(directory / CERTIFICATE, certificate(order, model, parity, graphs, data))
         nbytes = sum(file.stat().st_size for file in files)
         listen(Event("export", "done", 3, 3))
         return report(model, order, nbytes, made, parity, {"weights": _said(order, why)})

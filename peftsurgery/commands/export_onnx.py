@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftsurgery.adapter import check
+from peftsurgery.adapter import Adapter, check
 from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.by_reference import export_by_reference
 from peftsurgery.commands.copied import INLINE, export_copied
@@ -42,6 +42,7 @@ def export_onnx(
     dtype: str | None = None,
     portable: bool = False,
     check_placement: str | None = None,
+    hash: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -69,6 +70,7 @@ def export_onnx(
         dtype: `float32`, `float16` or `bfloat16`, of weights, keys, values and logits; the model's own by default.
         portable: use operators of ONNX alone, and none of ONNX Runtime's own.
         check_placement: `cuda` looks up, without a GPU, whether every node that computes has a kernel there.
+        hash: let the certificate know the weight files by the SHA-256 of every byte, not only by size and header.
 
     Raises:
         UnsupportedModel: no export for this architecture or task.
@@ -79,9 +81,17 @@ def export_onnx(
     """
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
     said = factored, task, opset, verify, tolerance, reading, trust_remote_code, prefix, weights
-    order = Order(model, given, Path(out), *said, dtype_named(dtype), portable, check_placement)
+    known = hash, _sources(adapters, weight)
+    order = Order(model, given, Path(out), *said, dtype_named(dtype), portable, check_placement, *known)
     _check_words(order)
     return _export(order, listen)
+
+
+def _sources(adapters: Adapters, weight: Sequence[float]) -> tuple[tuple[str | Path | None, float], ...]:
+    """Where each adapter came from, and its weight."""
+    listed = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
+    paths = [None if isinstance(one, Adapter) else one for one in listed]
+    return tuple(zip(paths, weight or [1.0] * len(paths), strict=True))
 
 
 def _check_words(order: Order) -> None:

@@ -1,4 +1,4 @@
-"""What every export does: trace, lay companions beside the graph, compare with torch, certify, report."""
+"""What every export does: trace, lay companions beside the graph, compare with torch, report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftsurgery import __version__
 from peftsurgery.adapter import Adapter
 from peftsurgery.commands.companions import carry, merged_config
 from peftsurgery.commands.operating import operated, stays
@@ -58,6 +57,8 @@ class Order:
     dtype: torch.dtype | None
     portable: bool
     check_placement: str | None
+    hash: bool
+    sources: tuple[tuple[str | Path | None, float], ...]
 
     @property
     def worn(self) -> Worn:
@@ -195,27 +196,6 @@ def verified(live: nn.Module, order: Order, made: Traced, graphs: Sequence[Path]
             accepted=own if order.tolerance is None else parity.Tolerance(order.tolerance),
         )
     return parity.check(found)
-
-
-def certificate(live: nn.Module, order: Order, parity: Parity | None) -> dict[str, Any]:
-    """What `peftsurgery.json` says of an export."""
-    import onnxruntime
-    import transformers
-
-    return {
-        "peftsurgery": __version__,
-        "verb": "export-onnx",
-        "architecture": type(live).__name__,
-        "adapters": [{"name": a.name, "base": a.base} for a in order.adapters],
-        "form": order.form,
-        "opset": order.opset,
-        "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "onnxruntime": onnxruntime.__version__,
-        },
-        "parity": None if parity is None else parity.to_dict(),
-    }
 
 
 def report(

@@ -57,6 +57,11 @@ export_options = together(
         help="Use operators of ONNX alone, and none of ONNX Runtime's own.",
     ),
     click.option(
+        "--hash",
+        is_flag=True,
+        help="Let the certificate know weight files by the SHA-256 of every byte, not only by size and header.",
+    ),
+    click.option(
         "--prefix",
         type=click.Choice(["baked", "file"]),
         default="baked",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peftsurgery.errors import CheckpointError, ExportError, MissingShard, TruncatedShard, UnsafePath
 from peftsurgery.graph.passes import as_ir, as_torch
+from peftsurgery.graph.signature import RECORDED
 
 if TYPE_CHECKING:
     import onnx
@@ -80,6 +82,19 @@ def _check_small(model: ir.Model, name: str) -> None:
             f"{name} would hold {held / 1e9:.1f} GB of weights, and one ONNX file takes less than 2 GB. Export with "
             "`--weights copy` or `--weights reference`; nothing was written."
         )
+
+
+def note(file: Path, facts: Mapping[str, str]) -> None:
+    """Add facts to the metadata of a graph that is written already; none of its bytes is read or moved.
+
+    Protobuf messages of one kind, one after the other, are one message.
+    """
+    import onnx
+
+    entries = [onnx.StringStringEntryProto(key=RECORDED + name, value=fact) for name, fact in facts.items()]
+    with file.open("ab") as handle:
+        handle.write(onnx.ModelProto(metadata_props=entries).SerializeToString())
+    _sync(file)
 
 
 def _lies_in(tensor: ir.TensorProtocol | None, directory: Path) -> bool:
