@@ -68,7 +68,7 @@ test: $(READY)
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-ray: $(RAY_READY)
-	$(BIN)/python -m pytest -m ray $(ARGS)
+	$(BIN)/python -m pytest tests/cli/test_ray.py $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -48,13 +48,14 @@ def listed(source: str | Path | Mapping[str, str | Path]) -> tuple[Entry, ...]:
         entries = _inside(Path(source).expanduser())
     else:
         entries = list(_lines(Path(source).expanduser()))
+    said = "What was given" if isinstance(source, Mapping) else source
     if not entries:
-        raise PlanError(f"{source} names no adapter. {FORM}; nothing was written.")
+        raise PlanError(f"{said} names no adapter. {FORM}; nothing was written.")
     faults = list(_faults(entries))
     if faults:
         more = len(faults) - LISTED
         told = "; ".join(faults[:LISTED]) + (f"; and {more} more" if more > 0 else "")
-        raise PlanError(f"{source} cannot be merged as it is: {told}. Correct it; nothing was written.")
+        raise PlanError(f"{said} cannot be merged as it is: {told}. Correct it; nothing was written.")
     return tuple(entries)
 
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import pickle
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import Result
 from transformers import AutoModelForCausalLM
 
 import peftsurgery as ps
+from peftsurgery.commands.fitting import fit
 from peftsurgery.disk import on_ray
 from peftsurgery.disk.checkpoint import open_checkpoint
 from peftsurgery.disk.engines import Failed
+from peftsurgery.disk.merge import plan
 from peftsurgery.disk.writer import ShardDone, ShardTask, write_shard
 from peftsurgery.errors import CheckpointError, NonFiniteWeight
 from peftsurgery.events import Event
@@ -134,6 +139,28 @@ def test_stopping_it_stops_the_workers(workers: None, llama: Path, adapter: Path
     with pytest.raises(KeyboardInterrupt):
         ps.merge(llama, adapter, out=tmp_path / "out", engine="ray", listen=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fleet_shares_there_too(workers: None, llama: Path, adapter: Path, tmp_path: Path) -> None:
+    names = {"one": adapter, "two": Path(shutil.copytree(adapter, tmp_path / "adapter"))}
+    words: dict[str, Any] = {"adapters_from": names, "share_untouched": True}
+    ps.merge(llama, out=tmp_path / "local", **words)
+    ps.merge(llama, out=tmp_path / "ray", engine="ray", **words)
+    assert digest(tmp_path / "ray") == digest(tmp_path / "local")
+    one, two = ({file.stat().st_ino for file in (tmp_path / "ray" / name).iterdir()} for name in names)
+    assert one & two
+    assert [path for path in tmp_path.rglob(".*") if path.name != ".shared"] == []
+
+
+def test_a_task_carries_what_its_file_needs_of_the_adapter(
+    llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """And no weight of the base: what it is made from is named."""
+    checkpoint = open_checkpoint(llama)
+    fitted = fit(checkpoint, [ps.load_adapter(adapter)], task=None, untie=False, trust_remote_code=False)
+    tasks = plan(checkpoint, fitted.adapters, tmp_path).tasks
+    needed = sum(tensor.nbytes for _, tensor in fitted.adapters[0].tensors())
+    assert needed < sum(len(pickle.dumps(task)) for task in tasks) < needed + 20_000 * len(tasks)
 
 
 def test_a_ray_of_its_own_is_gone_afterwards(

@@ -46,7 +46,7 @@ def test_a_word_for_no_engine() -> None:
 
 def test_ray_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(PlanError, match="pip install 'ray>=2.60,<3'"), engine("ray"):
+    with pytest.raises(PlanError, match=r"pip install 'ray>=2\.60,<3'"), engine("ray"):
         pass
 
 
