@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from peftsurgery.commands.adapter_list import Entry
+from peftsurgery.commands.fleet_journal import noted
 from peftsurgery.commands.fleet_pass import Fleet, Outcome, one_pass
 from peftsurgery.commands.merge_disk import shared_facts
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.checkpoint import open_checkpoint
-from peftsurgery.disk.durable import check_free, remove_empty
+from peftsurgery.disk.durable import check_free, remove_empty, writing
 from peftsurgery.disk.engines import Engine
 from peftsurgery.disk.locate import locate
+from peftsurgery.disk.lock import locked
 from peftsurgery.disk.sharing import STORE, Sharing, groups, untouched
 from peftsurgery.errors import FleetError, PlanError, SurgeryError, listing
 from peftsurgery.events import Event, Listener
@@ -35,12 +37,22 @@ def merge_fleet(fleet: Fleet, engine: Engine, listen: Listener) -> Report:
     made = [path for path in (fleet.job.out, *fleet.job.out.parents) if not path.exists()]
     sharing = _sharing(fleet) if fleet.job.share_untouched else None
     try:
-        outcomes = _outcomes(fleet, sharing, engine, listen)
-        return _told(fleet, outcomes, sharing.nbytes if sharing else 0)
+        with _room(fleet.job.out):
+            outcomes = _outcomes(fleet, sharing, engine, listen)
+            return _told(fleet, outcomes, sharing.nbytes if sharing else 0)
     finally:
         if sharing is not None:
             sharing.prune()
         remove_empty(made)
+
+
+@contextmanager
+def _room(out: Path) -> Iterator[None]:
+    """The directory of all models, which is one fleet's at a time."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    with locked(out, f"merging into {out}"):
+        yield
 
 
 def _outcomes(fleet: Fleet, sharing: Sharing | None, engine: Engine, listen: Listener) -> list[Outcome]:
@@ -54,19 +66,24 @@ def _outcomes(fleet: Fleet, sharing: Sharing | None, engine: Engine, listen: Lis
 
 
 def _check_places(fleet: Fleet) -> None:
-    """Refuse, before anything is written, a model's place that is taken."""
-    taken = []
-    for entry in fleet.entries:
-        out = fleet.job.out / entry.name
-        try:
-            check_free(out.expanduser().resolve(), out)
-        except SurgeryError:
-            taken.append(entry.name)
+    """Refuse, before anything is written, a model's place that is taken, unless it may be the model itself."""
+    known = noted(fleet.job.out) if fleet.job.resume else {}
+    taken = [entry.name for entry in fleet.entries if entry.name not in known and _is_taken(fleet, entry)]
     if taken:
+        remedy = "Give" if fleet.job.resume else "Go on with `--resume` if these are of this list, or give"
         raise PlanError(
-            f"{fleet.job.out} holds {listing(taken)} already. Take them from the list, or give another `-o`; "
-            "nothing was written."
+            f"{fleet.job.out} holds {listing(taken)} already. {remedy} another `-o` or other "
+            "names; nothing was written."
         )
+
+
+def _is_taken(fleet: Fleet, entry: Entry) -> bool:
+    out = fleet.job.out / entry.name
+    try:
+        check_free(out.expanduser().resolve(), out)
+    except SurgeryError:
+        return True
+    return False
 
 
 def _sharing(fleet: Fleet) -> Sharing:
@@ -102,9 +119,11 @@ def _told(fleet: Fleet, outcomes: Sequence[Outcome], common: int) -> Report:
     """The report; `common` is the size of the files that models share."""
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     names = [outcome.entry.name for outcome in failed]
+    before = sum(outcome.before for outcome in outcomes)
     facts = {
         "model": str(fleet.job.model),
-        "merged": len(outcomes) - len(failed),
+        "merged": len(outcomes) - len(failed) - before,
+        "merged before": before,
         "failed": names,
         **shared_facts(file for outcome in outcomes for file in outcome.files),
         "written": size(common + sum(outcome.written for outcome in outcomes)),
@@ -126,6 +145,7 @@ def _said(outcome: Outcome) -> dict[str, object]:
     return {
         "name": outcome.entry.name,
         "adapter": str(outcome.entry.path),
+        "before": outcome.before,
         "folded": outcome.folded,
         "written": outcome.written,
         "shared": outcome.shared,
@@ -135,9 +155,11 @@ def _said(outcome: Outcome) -> dict[str, object]:
 
 def _table(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     rows = [
-        (one.entry.name, str(one.folded), size(one.written), size(one.shared))
-        if one.error is None
-        else (one.entry.name, "failed", "", "")
+        (one.entry.name, "failed", "", "")
+        if one.error is not None
+        else (one.entry.name, "before", "", "")
+        if one.before
+        else (one.entry.name, str(one.folded), size(one.written), size(one.shared))
         for one in outcomes
     ]
     return [("model", "folded", "written", "shared"), *rows]

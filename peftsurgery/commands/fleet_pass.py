@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -10,14 +10,15 @@ from pathlib import Path
 
 from peftsurgery.commands.adapter_files import Given
 from peftsurgery.commands.adapter_list import Entry
-from peftsurgery.commands.merge_disk import Job, Prepared, complete, prepare
-from peftsurgery.disk.durable import staged
+from peftsurgery.commands.fleet_journal import digest, note, noted
+from peftsurgery.commands.merge_disk import Job, Prepared, complete, prepare, words_of
 from peftsurgery.disk.engines import Engine, Failed
 from peftsurgery.disk.merge import Planned
 from peftsurgery.disk.parts import counted, written
+from peftsurgery.disk.resumable import Unfinished, resumable
 from peftsurgery.disk.sharing import Sharing
 from peftsurgery.disk.writer import ShardDone, ShardTask
-from peftsurgery.errors import SurgeryError
+from peftsurgery.errors import CheckpointError, DiskError, SurgeryError
 from peftsurgery.events import Listener
 
 
@@ -52,12 +53,14 @@ class Outcome:
         folded: how many tensors it changed.
         files: the weight files of its model.
         error: why there is no model of it.
+        before: whether the model was whole already.
     """
 
     entry: Entry
     folded: int = 0
     files: tuple[ShardDone, ...] = ()
     error: SurgeryError | None = None
+    before: bool = False
 
     @property
     def written(self) -> int:
@@ -77,7 +80,7 @@ class Begun:
     entry: Entry
     prepared: Prepared
     planned: Planned
-    directory: Path
+    unfinished: Unfinished
     stack: ExitStack
     found: list[ShardDone | Failed] = field(default_factory=list)
 
@@ -90,38 +93,69 @@ def one_pass(
     What became of an adapter is told when it is known. One that fails leaves the others alone.
 
     Raises:
-        CheckpointError: the files that the models share cannot be written; no model is left half written.
+        DiskError: the disk is full or fails; files that are whole are kept for `--resume`.
+        CheckpointError: the files that the models share cannot be written.
     """
+    known = noted(fleet.job.out) if fleet.job.resume else {}
     with ExitStack() as together:
-        begun: dict[Path, Begun] = {}
+        models: list[Begun] = []
         for entry in entries:
             try:
-                model = _begin(fleet, entry, sharing)
+                prepared = fleet.prepared(entry)
+                if _is_whole(prepared, entry, known):
+                    yield Outcome(entry, before=True)
+                    continue
+                models.append(_begin(prepared, entry, sharing))
+            except DiskError:
+                raise
             except SurgeryError as error:
                 yield Outcome(entry, error=error)
             else:
-                together.push(model.stack)
-                begun |= {task.file: model for task in model.planned.tasks}
-        models = list(dict.fromkeys(begun.values()))
+                together.push(models[-1].stack)
         if sharing is not None:
             _write_twins(models, sharing, engine, listen)
-        tasks = _interleaved([model.planned.tasks for model in models])
-        with closing(engine(tasks, counted(tasks, listen))) as found:
-            for outcome in found:
-                model = begun[outcome.file]
-                model.found.append(outcome)
-                if len(model.found) == len(model.planned.tasks):
-                    yield _ended(model)
+        yield from _written(models, engine, listen)
 
 
-def _begin(fleet: Fleet, entry: Entry, sharing: Sharing | None) -> Begun:
-    prepared = fleet.prepared(entry)
+def _is_whole(prepared: Prepared, entry: Entry, known: Mapping[str, str]) -> bool:
+    """Whether the model is there, made by this very merge before.
+
+    Raises:
+        CheckpointError: another merge made it.
+    """
+    out = prepared.job.out
+    if entry.name not in known or not out.exists() or not any(out.iterdir()):
+        return False
+    if known[entry.name] == digest(words_of(prepared)):
+        return True
+    raise CheckpointError(
+        f"{out} was merged from another base or adapter, or with other options. Remove it, or give the adapter another "
+        "name; it was left as it is."
+    )
+
+
+def _begin(prepared: Prepared, entry: Entry, sharing: Sharing | None) -> Begun:
+    words = words_of(prepared)
     with ExitStack() as stack:
-        directory = stack.enter_context(staged(prepared.job.out))
-        planned = prepared.plan(directory)
+        unfinished = stack.enter_context(resumable(prepared.job.out, words, resume=prepared.job.resume))
+        planned = prepared.plan(unfinished.directory)
         if sharing is not None:
-            planned = replace(planned, tasks=sharing.arranged(planned.tasks, directory))
-        return Begun(entry, prepared, planned, directory, stack.pop_all())
+            planned = replace(planned, tasks=sharing.arranged(planned.tasks, unfinished.directory))
+        return Begun(entry, prepared, planned, unfinished, stack.pop_all())
+
+
+def _written(models: Sequence[Begun], engine: Engine, listen: Listener) -> Iterator[Outcome]:
+    """What became of the models, each as soon as all of its files are there, or cannot be."""
+    owners = {task.file: model for model in models for task in model.planned.tasks}
+    for model in models:
+        engine = model.unfinished.rest(engine)
+    tasks = _interleaved([model.planned.tasks for model in models])
+    with closing(engine(tasks, counted(tasks, listen))) as found:
+        for outcome in found:
+            model = owners[outcome.file]
+            model.found.append(outcome)
+            if len(model.found) == len(model.planned.tasks):
+                yield _ended(model)
 
 
 def _write_twins(models: Sequence[Begun], sharing: Sharing, engine: Engine, listen: Listener) -> None:
@@ -144,7 +178,11 @@ def _ended(model: Begun) -> Outcome:
         with model.stack:
             if failed is not None:
                 raise failed
-            done = complete(model.prepared, model.planned, model.directory, files)
+            done = complete(model.prepared, model.planned, model.unfinished.directory, files)
+            out = model.prepared.job.out
+            note(out.parent, out.name, digest(model.unfinished.job))
+    except DiskError:
+        raise
     except SurgeryError as error:
         return Outcome(model.entry, error=error)
     return Outcome(model.entry, len(done.folded), files)

@@ -142,11 +142,6 @@ def _check_words(
         )
     if listed_ones and len(weight) > 1:
         raise PlanError("A list of adapters takes one `--weight`, which is that of all. Nothing was changed.")
-    if listed_ones and resume:
-        raise PlanError(
-            "`--resume` takes up the merge into one model. Leave out of the list what is merged already; "
-            "nothing was changed."
-        )
     anew = {"--adapters-from": listed_ones, "--share-untouched": share_untouched, "--resume": resume}
     for word, said in {**anew, f"--engine {engine}": engine != "local"}.items():
         if said and (in_place or not isinstance(model, str | Path) or str(model).endswith(".onnx")):

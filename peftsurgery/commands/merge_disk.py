@@ -103,7 +103,7 @@ class Prepared:
 def merge_disk(job: Job, engine: Engine, listen: Listener) -> Report:
     """Do it: `out` is whole, or as it was; see `merge`."""
     prepared = prepare(job)
-    words = _words(prepared)
+    words = words_of(prepared)
     if job.resume and is_finished(job.out, words):
         return Report("merge", f"Nothing to do: {job.out} is finished.", {"out": str(job.out)})
     with resumable(job.out, words, resume=job.resume) as unfinished:
@@ -142,7 +142,7 @@ def complete(prepared: Prepared, planned: Planned, directory: Path, files: Itera
     return done
 
 
-def _words(prepared: Prepared) -> dict[str, Any]:
+def words_of(prepared: Prepared) -> dict[str, Any]:
     """Everything that the bits of the output depend on, so that no two jobs are mixed."""
     job, root = prepared.job, prepared.checkpoint.path
     config = root / CONFIG

@@ -57,30 +57,40 @@ class Unfinished:
     whole: dict[str, ShardDone]
 
     def rest(self, engine: Engine) -> Engine:
-        """The engine that writes what is not there yet, bit for bit, and has every file noted that is done."""
+        """The engine that writes what is not there yet, bit for bit, and has every file noted that is done.
+
+        Tasks of other models go past it; what none of its own would write is removed.
+        """
 
         def missing(tasks: Sequence[ShardTask], listen: Listener) -> Outcomes:
-            todo = []
+            kept = {task.file: found for task in tasks if (found := self._kept(task)) is not None}
+            self.whole.clear()
+            self.whole.update({self._name(file): found for file, found in kept.items()})
+            sweep(self)
             for task in tasks:
-                found = self.whole.pop(self._name(task.file), None)
-                if found is None or not is_written(task, found):
-                    todo.append(task)
-                    continue
-                self.whole[self._name(task.file)] = found
-                for event in told(task):
-                    listen(event)
-                yield found
+                if task.file in kept:
+                    for event in told(task):
+                        listen(event)
+                    yield kept[task.file]
+            todo = [task for task in tasks if task.file not in kept]
             with closing(engine(todo, listen)) as outcomes:
                 for outcome in outcomes:
-                    if isinstance(outcome, ShardDone):
-                        self.whole[self._name(outcome.file)] = outcome
+                    name = self._name(outcome.file)
+                    if isinstance(outcome, ShardDone) and name:
+                        self.whole[name] = outcome
                         self.note()
                     yield outcome
 
         return missing
 
+    def _kept(self, task: ShardTask) -> ShardDone | None:
+        """What is known of a task's file, where that is there as the task would write it."""
+        found = self.whole.get(self._name(task.file))
+        return found if found is not None and is_written(task, found) else None
+
     def _name(self, file: Path) -> str:
-        return file.relative_to(self.directory).as_posix()
+        """What a file of this model is called in the journal; nothing for one of another."""
+        return file.relative_to(self.directory).as_posix() if file.is_relative_to(self.directory) else ""
 
     def note(self) -> None:
         """Bring the journal to the disk."""
@@ -152,7 +162,7 @@ def _begun(place: Path, job: Job, *, resume: bool) -> Unfinished:
     if said is not None:
         _check_same(place, said["job"], job)
     found = Unfinished(place, job, {} if said is None else _whole(place, said["files"]))
-    _sweep(found)
+    sweep(found)
     return found
 
 
@@ -210,8 +220,8 @@ def _whole(place: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Sha
     }
 
 
-def _sweep(found: Unfinished) -> None:
-    """Remove what the journal does not know."""
+def sweep(found: Unfinished) -> None:
+    """Remove what is not known to be whole."""
     with writing(found.directory):
         for file in found.directory.rglob("*"):
             if not file.is_dir() and file.relative_to(found.directory).as_posix() not in found.whole:
@@ -221,7 +231,7 @@ def _sweep(found: Unfinished) -> None:
 def _stop(found: Unfinished, made: list[Path], error: BaseException) -> None:
     """Keep what is whole where that helps, and say so; otherwise leave nothing."""
     with suppress(CheckpointError):
-        _sweep(found)
+        sweep(found)
     count = sum((found.directory / name).is_file() for name in found.whole)
     if not count or not isinstance(error, DiskError | KeyboardInterrupt | SystemExit | MemoryError):
         shutil.rmtree(found.directory, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -18,7 +19,8 @@ import peftsurgery as ps
 from peftsurgery.commands import fleet
 from peftsurgery.disk import durable
 from peftsurgery.disk.checkpoint import INDEX, open_checkpoint
-from peftsurgery.errors import FleetError, PlanError
+from peftsurgery.disk.lock import locked
+from peftsurgery.errors import CheckpointError, DiskError, FleetError, PlanError
 from peftsurgery.events import Event
 from tests.cli.conftest import adapter_for, digest
 
@@ -78,6 +80,11 @@ def names(path: Path) -> list[str]:
     return sorted(found.name for found in path.iterdir())
 
 
+def models(out: Path) -> list[str]:
+    """What a user sees there."""
+    return [name for name in names(out) if not name.startswith(".")] if out.exists() else []
+
+
 def inodes(model: Path) -> set[int]:
     return {file.stat().st_ino for file in model.glob("*.safetensors")}
 
@@ -97,7 +104,7 @@ def test_every_model_is_that_of_a_merge_by_itself(
     (tmp_path / "list.txt").write_text("\n".join(lines))
     result = run("merge", llama, "--adapters-from", tmp_path / "list.txt", "-o", tmp_path / "out", "--json")
     assert result.exit_code == 0, result.stderr
-    assert names(tmp_path / "out") == sorted(TARGETS)
+    assert models(tmp_path / "out") == sorted(TARGETS)
     for name in TARGETS:
         assert digest(tmp_path / "out" / name) == digest(single / name)
     report = json.loads(result.stdout)
@@ -189,7 +196,7 @@ def test_one_that_fails_leaves_the_others_alone(
     assert result.exit_code == 1
     assert "'huge', 'nan', 'wide' of 6 adapters could not be merged" in result.stderr
     assert "Merged 3 of 6" in result.stdout
-    assert [name for name in names(tmp_path / "out") if name != ".shared"] == sorted(TARGETS)
+    assert models(tmp_path / "out") == sorted(TARGETS)
     for name in TARGETS:
         assert_same(tmp_path / "out" / name, single / name)
 
@@ -209,8 +216,112 @@ def test_interrupted(llama: Path, adapters: Path, single: Path, tmp_path: Path) 
 
     with pytest.raises(KeyboardInterrupt):
         ps.merge(llama, adapters_from=adapters, out=tmp_path / "out", share_untouched=True, listen=interrupt)
-    (whole,) = (name for name in names(tmp_path / "out") if name != ".shared")
+    (whole,) = models(tmp_path / "out")
     assert_same(tmp_path / "out" / whole, single / whole)
+
+
+class Stopped(BaseException):
+    """What no code expects."""
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("after", [2, 5])
+@pytest.mark.parametrize("how", [KeyboardInterrupt, Stopped])
+def test_it_goes_on_where_it_stopped(
+    run: Run,
+    llama: Path,
+    adapters: Path,
+    tmp_path: Path,
+    share: bool,
+    after: int,
+    how: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fleet, "TOGETHER", 2)
+    words: dict[str, Any] = {"adapters_from": adapters, "share_untouched": share}
+    ps.merge(llama, out=tmp_path / "plain", **words)
+    made: list[str] = []
+
+    def stop(event: Event) -> None:
+        made.append(event.verb)
+        if made.count("write") == 8 * after:
+            raise how
+
+    with pytest.raises(how):
+        ps.merge(llama, out=tmp_path / "out", **words, listen=stop)
+    before = {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in models(tmp_path / "out")}
+    flags = ["--share-untouched"] if share else []
+    result = run("merge", llama, "--adapters-from", adapters, "-o", tmp_path / "out", "--resume", *flags)
+    assert result.exit_code == 0, result.stderr
+    assert digest(tmp_path / "out") == digest(tmp_path / "plain")
+    assert names(tmp_path / "out") == names(tmp_path / "plain")
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == when for name, when in before.items())
+
+
+def test_a_longer_list_goes_on_from_a_shorter_one(
+    run: Run, llama: Path, adapters: Path, single: Path, tmp_path: Path
+) -> None:
+    ps.merge(llama, adapters_from={"ada": adapters / "ada"}, out=tmp_path / "out")
+    words = ("merge", llama, "--adapters-from", adapters, "-o", tmp_path / "out")
+    refused = run(*words)
+    assert refused.exit_code == 1 and "--resume" in refused.stderr
+    result = run(*words, "--resume", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert [model["before"] for model in json.loads(result.stdout)["models"]] == [True, False, False]
+    assert all(digest(tmp_path / "out" / name) == digest(single / name) for name in TARGETS)
+
+
+def test_another_merge_in_a_models_place_is_left_alone(
+    run: Run, llama: Path, adapters: Path, single: Path, tmp_path: Path
+) -> None:
+    room = Path(shutil.copytree(adapters, tmp_path / "adapters"))
+    ps.merge(llama, adapters_from={"ada": room / "ada"}, out=tmp_path / "out")
+    changed(room / "ada", lambda tensor: tensor + 1)
+    result = run("merge", llama, "--adapters-from", room, "-o", tmp_path / "out", "--resume")
+    assert result.exit_code == 1 and "another base or adapter" in result.stderr
+    assert models(tmp_path / "out") == sorted(TARGETS)
+    assert all(digest(tmp_path / "out" / name) == digest(single / name) for name in TARGETS)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_full_disk_stops_all(
+    run: Run,
+    llama: Path,
+    adapters: Path,
+    tmp_path: Path,
+    share: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words: dict[str, Any] = {"adapters_from": adapters, "share_untouched": share}
+    ps.merge(llama, out=tmp_path / "plain", **words)
+    calls: list[object] = []
+
+    def full(*about: object) -> None:
+        calls.append(about)
+        if len(calls) > 40:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(durable.os, "fsync", full)
+    with pytest.raises(DiskError, match="No space left"):
+        ps.merge(llama, out=tmp_path / "out", **words)
+    monkeypatch.undo()
+    ps.merge(llama, out=tmp_path / "out", **words, resume=True)
+    assert digest(tmp_path / "out") == digest(tmp_path / "plain")
+
+
+def test_one_fleet_at_a_time(llama: Path, adapters: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out", "merging"), pytest.raises(CheckpointError, match="Another process"):
+        ps.merge(llama, adapters_from=adapters, out=tmp_path / "out")
+    assert names(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"models": 3}'])
+def test_a_journal_that_is_none(llama: Path, adapters: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / ".fleet.json").write_text(text)
+    with pytest.raises(CheckpointError, match="cannot be understood"):
+        ps.merge(llama, adapters_from=adapters, out=tmp_path, resume=True)
+    assert names(tmp_path) == [".fleet.json"]
 
 
 @pytest.mark.parametrize(

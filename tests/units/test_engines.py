@@ -23,9 +23,10 @@ KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issu
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_error_can_be_sent(kind: type[SurgeryError]) -> None:
-    words = inspect.signature(kind.__init__).parameters.values()
+    _, *words = inspect.signature(kind.__init__).parameters.values()
     known = {word.name: ("a", word.name) for word in words if word.kind is word.KEYWORD_ONLY}
-    error = kind("It broke. Mend it.", **known)
+    said = [word.name for word in words if word.kind is word.POSITIONAL_OR_KEYWORD] or ["message"]
+    error = kind(*said, **known)
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), str(again), vars(again)) == (kind, str(error), vars(error))
 
