@@ -23,6 +23,7 @@ from peftsurgery.disk.lock import locked
 from peftsurgery.errors import CheckpointError, DiskError, FleetError, PlanError
 from peftsurgery.events import Event
 from tests.cli.conftest import adapter_for, digest
+from tests.strike import CHANGES, points
 
 Run = Callable[..., Result]
 TARGETS = {"ada": "q_proj,v_proj", "bob": "q_proj,v_proj", "cleo": "all-linear"}
@@ -256,6 +257,22 @@ def test_it_goes_on_where_it_stopped(
     assert digest(tmp_path / "out") == digest(tmp_path / "plain")
     assert names(tmp_path / "out") == names(tmp_path / "plain")
     assert all((tmp_path / "out" / name).stat().st_mtime_ns == when for name, when in before.items())
+
+
+@pytest.mark.parametrize("how", ["kill", "torn"])
+def test_a_fleet_that_is_killed_is_resumed(llama: Path, adapters: Path, tmp_path: Path, how: str) -> None:
+    """No loader finds a half written model, and going on gives the bits of a run that was not killed."""
+    words: dict[str, Any] = {"adapters_from": adapters, "share_untouched": True}
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    ps.merge(llama, out=plain, **words)
+    stopped = 0
+    for _ in points(lambda: ps.merge(llama, out=out, **words), how, (*CHANGES, "link"), step=61):
+        stopped += 1
+        assert all(digest(out / name) == digest(plain / name) for name in models(out))
+        ps.merge(llama, out=out, **words, resume=True)
+        assert digest(out) == digest(plain) and names(out) == names(plain)
+        shutil.rmtree(out)
+    assert stopped > 2
 
 
 def test_a_longer_list_goes_on_from_a_shorter_one(
