@@ -39,7 +39,7 @@ def noted(directory: Path) -> dict[str, str]:
 def note(directory: Path, name: str, job: str) -> None:
     """Note the model that is about to get its name."""
     kept = {one: other for one, other in noted(directory).items() if (directory / one).exists()}
-    write_json(directory / JOURNAL, {"models": {**kept, name: job}})
+    write_json(directory / JOURNAL, {"models": dict(sorted({**kept, name: job}.items()))})
 
 
 def digest(words: Mapping[str, Any]) -> str:

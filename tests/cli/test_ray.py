@@ -149,7 +149,7 @@ def test_a_fleet_shares_there_too(workers: None, llama: Path, adapter: Path, tmp
     assert digest(tmp_path / "ray") == digest(tmp_path / "local")
     one, two = ({file.stat().st_ino for file in (tmp_path / "ray" / name).iterdir()} for name in names)
     assert one & two
-    assert [path for path in tmp_path.rglob(".*") if path.name != ".shared"] == []
+    assert {path.name for path in tmp_path.rglob(".*")} == {".shared", ".fleet.json"}
 
 
 def test_a_task_carries_what_its_file_needs_of_the_adapter(
