@@ -24,19 +24,15 @@ import transformers
 from safetensors.numpy import load_file
 
 import peftsurgery as ps
-from benchmarks.soft_matrix import number
+from benchmarks.pages import Slot, number
 from fixtures.minilm import minilm_path
 from peftsurgery.graph.generation import Decoder, continuing
 from peftsurgery.graph.sampling import Sampling
 from peftsurgery.graph.session import Session
 
 ROOT = Path(__file__).parents[1]
-FIXTURES, RESULTS, PAGE = (
-    ROOT / "fixtures",
-    ROOT / "benchmarks/results/goldens.json",
-    ROOT / "docs/goldens.md",
-)
-BEGIN, END = "<!-- goldens: begin -->", "<!-- goldens: end -->"
+FIXTURES, RESULTS = ROOT / "fixtures", ROOT / "benchmarks/results/goldens.json"
+SLOT = Slot(ROOT / "docs/goldens.md", "goldens")
 TOLERANCE = 1e-4
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 Found = dict[str, Any]
@@ -154,12 +150,6 @@ def rendered(results: Found) -> str:
     return "\n".join([*lines, "", f"With {versions}."])
 
 
-def placed(page: str, table: str) -> str:
-    """The page with the table between its two comments."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}"
-
-
 def faults(cells: Mapping[str, Found]) -> Iterator[str]:
     """Differences above the bar, and texts that are others."""
     for name, found in cells.items():
@@ -179,7 +169,7 @@ def main() -> int:
     setting = {one.__name__: one.__version__ for one in (torch, transformers, onnxruntime)}
     results = {"setting": setting, "bar": TOLERANCE, "cells": cells}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    PAGE.write_text(placed(PAGE.read_text(encoding="utf-8"), rendered(results)), encoding="utf-8")
+    SLOT.fill(rendered(results))
     wrong = list(faults(cells))
     print("\n".join(wrong) or f"{len(cells)} cells, all within the bar.")
     return 1 if wrong else 0

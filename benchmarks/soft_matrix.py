@@ -25,13 +25,13 @@ import transformers
 from torch import nn
 
 import peftsurgery as ps
+from benchmarks.pages import Slot, number
 from tests.laws.test_live_laws import assert_same, snapshot
 from tests.reference.test_soft_parity import METHODS, TASKS, TOLERANCE, both, config, gap
 from tests.token_subjects import SUBJECTS, TokenSubject
 
 RESULTS = Path(__file__).parent / "results" / "soft_matrix.json"
-PAGE = Path(__file__).parents[1] / "docs" / "soft-prompts.md"
-BEGIN, END = "<!-- soft-matrix: begin -->", "<!-- soft-matrix: end -->"
+SLOT = Slot(Path(__file__).parents[1] / "docs" / "soft-prompts.md", "soft-matrix")
 ONNX_TOLERANCE = 1e-4
 ONNX = ("prompt", "prefix")
 MODELS = {
@@ -161,10 +161,6 @@ def row(subject: TokenSubject) -> Found:
     return {"family": subject.family, "cells": cells, "onnx": graphs}
 
 
-def number(value: float) -> str:
-    return f"{value:.0e}".replace("e-0", "e-") if value else "0"
-
-
 def cell(found: Found) -> str:
     if not found["runs"]:
         return f"✗ {found['error']}"
@@ -209,12 +205,6 @@ def rendered(results: Found) -> str:
     return "\n\n".join(["\n".join(lines), *notes(results)])
 
 
-def placed(page: str, table: str) -> str:
-    """The page with the table between its two comments."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}"
-
-
 def faults(rows: Mapping[str, Found]) -> Iterator[str]:
     """Cells of ours that do not run, and differences above the bars."""
     for name, found in rows.items():
@@ -248,7 +238,7 @@ def main() -> int:
     results = measured()
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    PAGE.write_text(placed(PAGE.read_text(encoding="utf-8"), rendered(results)), encoding="utf-8")
+    SLOT.fill(rendered(results))
     wrong = list(faults(results["rows"]))
     print("\n".join(wrong) or f"{len(results['rows']) * len(COLUMNS)} cells, all within the bars.")
     return 1 if wrong else 0

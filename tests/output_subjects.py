@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import peftsurgery as ps
 from peftsurgery.method import OutputMethod
-from tests.token_subjects import LLAMAS, NARROW
+from tests.token_subjects import LLAMAS, NARROW, PAD
 from tests.token_subjects import SUBJECTS as WORDS
 
 BOTH = "mh_adapter,output_adapter"
@@ -38,10 +39,22 @@ class OutputSubject:
         return self.name
 
 
-def _vit() -> nn.Module:
+def _vit(name: str = "ViT") -> nn.Module:
     torch.manual_seed(0)
-    config = tf.ViTConfig(**{**NARROW, "intermediate_size": 48, "image_size": 8, "patch_size": 4})
-    return tf.ViTForImageClassification(config).eval()
+    words = {**NARROW, "intermediate_size": 48, "image_size": 8, "patch_size": 4}
+    config = getattr(tf, f"{name}Config")(**words)
+    return getattr(tf, f"{name}ForImageClassification")(config).eval()
+
+
+def _pair(model: type, config: type) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        sizes = {"d_model": 32, "vocab_size": 67, "max_position_embeddings": 40, "pad_token_id": PAD}
+        halves = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+        own = {f"{half}_{word}": value for half in ("encoder", "decoder") for word, value in halves.items()}
+        return model(config(**sizes, **own, decoder_start_token_id=0, eos_token_id=2)).eval()
+
+    return build
 
 
 def _pixels() -> dict[str, Tensor]:
@@ -61,6 +74,10 @@ SUBJECTS = (
     OutputSubject("vit", _vit, _pixels),
     OutputSubject("qwen3", _causal(tf.Qwen3ForCausalLM, tf.Qwen3Config, head_dim=8), WORDS[9].inputs),
     OutputSubject("gemma", _causal(tf.GemmaForCausalLM, tf.GemmaConfig, head_dim=8), WORDS[9].inputs),
+    OutputSubject("gemma3", _causal(tf.Gemma3ForCausalLM, tf.Gemma3TextConfig, head_dim=8), WORDS[9].inputs),
+    OutputSubject("mbart", _pair(tf.MBartForConditionalGeneration, tf.MBartConfig), WORDS[13].inputs),
+    OutputSubject("marian", _pair(tf.MarianMTModel, tf.MarianConfig), WORDS[13].inputs),
+    OutputSubject("deit", partial(_vit, "DeiT"), _pixels),
     OutputSubject("mistral", _causal(tf.MistralForCausalLM, tf.MistralConfig), WORDS[9].inputs),
 )
 FEW = tuple(s for s in SUBJECTS if s.name in ("bert", "distilbert", "llama-gqa", "opt", "t5", "bart", "vit"))

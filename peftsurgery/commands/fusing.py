@@ -23,7 +23,7 @@ def members(model: nn.Module, method: Method, adapters: Adapters, allow_pickle: 
     """The adapters without their heads, in the names of the model, ready to be fused by `method`; none of none.
 
     Raises:
-        PlanError: the method is no fusion, an adapter is no bottleneck, or two have not the same places.
+        PlanError: the method is no fusion, an adapter is no bottleneck, or two have one name or not the same places.
         UnclaimedSites, MismatchedTensors: one was trained on another base.
     """
     if not adapters:
@@ -36,6 +36,7 @@ def members(model: nn.Module, method: Method, adapters: Adapters, allow_pickle: 
         if not all(isinstance(step.method, Bottleneck) for step in given.plan.steps):
             raise PlanError(f"{given.name!r} is no bottleneck adapter, and a fusion fuses nothing else.")
         fitted.append(rebased(check(replace(given, replaced={})), offered)[0])
+    _check_names([adapter.name for adapter in fitted])
     first = {site.name for site in fitted[0].plan.sites}
     for other in fitted[1:]:
         lone = sorted(first ^ {site.name for site in other.plan.sites})
@@ -45,6 +46,15 @@ def members(model: nn.Module, method: Method, adapters: Adapters, allow_pickle: 
                 f"{listing(lone)}. Fuse adapters of one configuration; nothing was changed."
             )
     return fitted
+
+
+def _check_names(names: Sequence[str]) -> None:
+    again = next((name for name in names if names.count(name) > 1), None)
+    if again is not None:
+        raise PlanError(
+            f"Two of the adapters are named {again!r}, and each needs a name of its own. Make them with `--name`, or "
+            "load one under another, `load_adapter(DIR, name='other')`; nothing was changed."
+        )
 
 
 def steps(method: Method, adapters: Sequence[Adapter]) -> dict[str, Step]:

@@ -131,7 +131,7 @@ def body(model: nn.Module) -> Body:
     """Where the virtual tokens of a model enter.
 
     Raises:
-        PlanError: it has no word embeddings, or is no transformers model.
+        PlanError: it has no word embeddings or takes none in the place of words, or is no transformers model.
     """
     config: Any = getattr(model, "config", None)
     embedding = _embedding(model) if config is not None else None
@@ -139,6 +139,11 @@ def body(model: nn.Module) -> Body:
         raise PlanError(
             f"{type(model).__name__} is no transformers model with word embeddings, so virtual tokens have "
             "no place to enter. Take LoRA for it; nothing was changed."
+        )
+    if "inputs_embeds" not in signature(model.forward).parameters:
+        raise PlanError(
+            f"{type(model).__name__} takes no embeddings in the place of words (`inputs_embeds`), so virtual tokens "
+            "have no place to enter. Take LoRA for it; nothing was changed."
         )
     if config.is_encoder_decoder:
         memory = _half(model, "get_encoder")

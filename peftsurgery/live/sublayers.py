@@ -113,6 +113,29 @@ _T5 = Stack(
         _t5(FEED_FORWARD, 2, "DenseReluDense"),
     ),
 )
+_MBART = Stack(
+    "layers",
+    (
+        Sublayer(ATTENTION, MH, "self_attn", "self_attn_layer_norm"),
+        Sublayer(CROSS, XA, "encoder_attn", "encoder_attn_layer_norm"),
+        Sublayer(FEED_FORWARD, FF, "fc2", "final_layer_norm"),
+    ),
+    drops=True,
+)
+_VIT = Stack(
+    "layers",
+    _pre_norm("attention", "layernorm_before", "mlp", "layernorm_after", place=f"output.{FF}"),
+    drops=True,
+)
+_GEMMA = Stack(
+    "layers",
+    _pre_norm(
+        "post_attention_layernorm",
+        "input_layernorm",
+        "post_feedforward_layernorm",
+        "pre_feedforward_layernorm",
+    ),
+)
 _LLAMA = Stack("layers", _pre_norm("self_attn", "input_layernorm", "mlp", "post_attention_layernorm"))
 _CLIP = Stack("layers", _pre_norm("self_attn", "layer_norm1", "mlp", "layer_norm2"))
 
@@ -128,13 +151,11 @@ STACKS: Mapping[str, Stack] = {
     ),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma"), _LLAMA),
     **dict.fromkeys(("t5", "mt5"), _T5),
-    "bart": _BART,
-    "vit": Stack(
-        "layers",
-        _pre_norm("attention", "layernorm_before", "mlp", "layernorm_after", place=f"output.{FF}"),
-        drops=True,
-    ),
-    **dict.fromkeys(("clip_text_model", "clip_vision_model"), _CLIP),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA),
+    **dict.fromkeys(("bart", "marian"), _BART),
+    **dict.fromkeys(("mbart", "pegasus"), _MBART),
+    **dict.fromkeys(("vit", "deit"), _VIT),
+    **dict.fromkeys(("clip_text_model", "clip_vision_model", "siglip_vision_model"), _CLIP),
 }
 """Model type → its layers."""
 

@@ -18,6 +18,7 @@ from peftsurgery.errors import InputTooLong, MismatchedTensors, PlanError, Uncla
 from peftsurgery.live import surgery
 from peftsurgery.method import TokenMethod
 from tests.laws.test_live_laws import assert_same, snapshot
+from tests.subjects import transformer
 from tests.token_subjects import BERTS, GPT2, LENGTH, LLAMAS, OPT, PAD, SUBJECTS, TokenSubject
 
 N = 5
@@ -509,3 +510,18 @@ def test_a_head_trains_beside(subject: TokenSubject, method: TokenMethod) -> Non
     assert_same(before, model)
     again = ps.inject(subject.model(), adapter)
     assert ps.remove(again) == adapter
+
+
+@pytest.mark.parametrize(
+    "method", [ps.PromptTuning(num_virtual_tokens=2), ps.PrefixTuning(num_virtual_tokens=2)]
+)
+@pytest.mark.parametrize(
+    "name", ["ViTForImageClassification", "CLIPTextModel", "SwinForImageClassification", "SiglipVisionModel"]
+)
+def test_virtual_tokens_have_no_place_where_no_embeddings_go_in(name: str, method: ps.Method) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    image = {"image_size": 8, "patch_size": 4}
+    words = {"image_size": 32, "embed_dim": 16, "depths": [1], "num_heads": [2]} if "Swin" in name else sizes
+    model = transformer(name, words if "Swin" in name or "Text" in name else {**sizes, **image})
+    with pytest.raises(PlanError, match="takes no embeddings in the place of words"):
+        ps.plan(model, method)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import json
 
-from benchmarks.soft_matrix import COLUMNS, MODELS, ONNX, PAGE, RESULTS, faults, placed, rendered
+from benchmarks.soft_matrix import COLUMNS, MODELS, ONNX, RESULTS, SLOT, faults, rendered
 from tests.token_subjects import SUBJECTS
 
 RESULT = json.loads(RESULTS.read_text(encoding="utf-8"))
 
 
 def test_the_page_shows_the_result() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    assert placed(page, rendered(RESULT)) == page
+    assert SLOT.shows(rendered(RESULT))
+    page = SLOT.page.read_text(encoding="utf-8")
     assert all(f"| {name} | ✓ " in page for name in MODELS.values())
 
 
