@@ -16,6 +16,8 @@ from typing import Any
 
 from peftsurgery.disk.durable import discard, rename
 from peftsurgery.disk.engines import Engine, Failed, Outcomes
+from peftsurgery.disk.pieces import Piece
+from peftsurgery.disk.shard import Stored
 from peftsurgery.disk.writer import ShardDone, ShardTask, told, write_shard
 from peftsurgery.errors import CheckpointError, PlanError, SurgeryError, cause
 from peftsurgery.events import Listener
@@ -68,7 +70,7 @@ def _connect(ray: Any) -> None:
 
 def _on(ray: Any, tasks: Sequence[ShardTask], listen: Listener) -> Outcomes:
     remote = ray.remote(num_cpus=1, max_retries=RETRIES)(RUNS)
-    running = {remote.options(name=task.file.name).remote(_portable(task)): task for task in tasks}
+    running = {remote.options(name=task.file.name).remote(portable(task)): task for task in tasks}
     try:
         while running:
             (ready,), _ = ray.wait(list(running), num_returns=1)
@@ -107,9 +109,17 @@ def _clear(task: ShardTask) -> None:
         discard(file)
 
 
-def _portable(task: ShardTask) -> ShardTask:
+def portable(task: ShardTask) -> ShardTask:
     """The task for a process that stands in another directory."""
-    return replace(task, file=task.file.absolute(), threads=THREADS)
+    twin = None if task.twin is None else task.twin.absolute()
+    pieces = tuple(_portable(piece) for piece in task.pieces)
+    return replace(task, file=task.file.absolute(), twin=twin, pieces=pieces, threads=THREADS)
+
+
+def _portable(piece: Piece) -> Piece:
+    if not isinstance(piece.origin, Stored):
+        return piece
+    return replace(piece, origin=replace(piece.origin, file=piece.origin.file.absolute()))
 
 
 def _outcome(ray: Any, ready: Any, task: ShardTask) -> ShardDone | Failed:

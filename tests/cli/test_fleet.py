@@ -29,6 +29,16 @@ Run = Callable[..., Result]
 TARGETS = {"ada": "q_proj,v_proj", "bob": "q_proj,v_proj", "cleo": "all-linear"}
 
 
+def no_reflink(source: Path, target: Path) -> bool:
+    return False
+
+
+@pytest.fixture(autouse=True)
+def _hard_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every file system, so that inodes tell what is shared."""
+    monkeypatch.setattr(durable, "_reflinked", no_reflink)
+
+
 @pytest.fixture(scope="module")
 def adapters(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two adapters that touch the same weights, and one that touches more."""
@@ -176,8 +186,24 @@ def test_a_shared_file_is_not_patched(run: Run, llama: Path, adapters: Path, tmp
     assert digest(tmp_path / "out" / "bob") == before
 
 
-def no_reflink(source: Path, target: Path) -> bool:
-    return False
+def reflinked(source: Path, target: Path) -> bool:
+    """As a file system does it that can: a file of its own with the same bytes."""
+    shutil.copyfile(source, target)
+    return True
+
+
+def test_a_reflink_is_a_file_of_its_own(
+    llama: Path, adapters: Path, single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "_reflinked", reflinked)
+    report = ps.merge(llama, adapters_from=adapters, out=tmp_path / "out", share_untouched=True)
+    assert report.facts["shared by"] == ["reflink"]
+    assert models(tmp_path / "out") == names(tmp_path / "out")[-3:]
+    assert ".shared" not in names(tmp_path / "out"), "no model needs it any longer"
+    for name in TARGETS:
+        assert_same(tmp_path / "out" / name, single / name)
+        modes = {file.stat().st_mode & 0o777 for file in (tmp_path / "out" / name).glob("*.safetensors")}
+        assert modes == {file.stat().st_mode & 0o777 for file in llama.glob("*.safetensors")}
 
 
 def no_link(*names: object, **words: object) -> None:
@@ -415,7 +441,6 @@ def test_what_cannot_be_linked_is_written_and_said(
         for file in base.glob("*.safetensors"):
             file.rename(tmp_path / "blobs" / file.name)
             file.symlink_to(tmp_path / "blobs" / file.name)
-    monkeypatch.setattr(durable, "_reflinked", no_reflink)
     if not cached:
         monkeypatch.setattr(durable.os, "link", no_link)
     result = run("merge", base, adapter, "-o", tmp_path / "out", "--share-untouched", "--json")

@@ -145,10 +145,9 @@ def test_a_fleet_shares_there_too(workers: None, llama: Path, adapter: Path, tmp
     names = {"one": adapter, "two": Path(shutil.copytree(adapter, tmp_path / "adapter"))}
     words: dict[str, Any] = {"adapters_from": names, "share_untouched": True}
     ps.merge(llama, out=tmp_path / "local", **words)
-    ps.merge(llama, out=tmp_path / "ray", engine="ray", **words)
+    report = ps.merge(llama, out=tmp_path / "ray", engine="ray", **words)
     assert digest(tmp_path / "ray") == digest(tmp_path / "local")
-    one, two = ({file.stat().st_ino for file in (tmp_path / "ray" / name).iterdir()} for name in names)
-    assert one & two
+    assert report.facts["shared by"] in (["hard link"], ["reflink"])
     assert {path.name for path in tmp_path.rglob(".*")} == {".shared", ".fleet.json"}
 
 

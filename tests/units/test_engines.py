@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import peftsurgery as ps
 from peftsurgery import errors
 from peftsurgery.disk.engines import Failed, engine, local
+from peftsurgery.disk.on_ray import portable
 from peftsurgery.disk.pieces import Piece
-from peftsurgery.disk.writer import ShardTask
+from peftsurgery.disk.shard import read_shard
+from peftsurgery.disk.writer import ShardTask, write_shard
 from peftsurgery.errors import PlanError, SurgeryError
 from peftsurgery.events import ignore
 
@@ -60,3 +64,19 @@ def test_an_engine_is_for_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(PlanError, match="`--engine ray` is for a checkpoint"):
             ps.merge(model, adapter, engine="ray", **words)
+
+
+def test_a_task_can_be_done_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_file({"x": torch.ones(3)}, "base.safetensors")
+    (stored,) = read_shard(Path("base.safetensors")).tensors
+    made = portable(ShardTask(Path("out.safetensors"), (Piece("x", torch.float32, stored),)))
+    linked = replace(made, file=tmp_path / "there" / "twin.safetensors", twin=Path("base.safetensors"))
+    linked = portable(linked)
+    monkeypatch.chdir(tmp_path / "there")
+    for task in (made, linked):
+        write_shard(pickle.loads(pickle.dumps(task)))
+        assert torch.equal(load_file(task.file)["x"], torch.ones(3))
+    assert made.file == tmp_path / "here" / "out.safetensors"
