@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
 
 import torch
 from torch import Tensor
+
+EVERY = 8
+"""Every how many-th tile of a tensor a merge measures: all of them would take a tenth of its whole time."""
+VANISHED = 0.9
+"""The part of a change that rounding has taken when as good as nothing is left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +20,7 @@ class Tally:
     """Sums over the elements of some tiles; tallies of tiles add up to that of their tensor.
 
     Args:
-        numel: how many elements were counted.
+        numel: how many elements were counted, or are spoken for.
         changed: how many of them are stored otherwise than before.
         delta: Σ (W' − W)², before rounding.
         error: Σ (stored − W')², what the rounding to the stored dtype put off.
@@ -33,6 +39,18 @@ class Tally:
             self.error + other.error,
         )
 
+    def of(self, numel: int) -> Tally:
+        """What it says of `numel` elements, of which it counted some."""
+        if self.numel in (0, numel):
+            return self
+        by = numel / self.numel
+        return Tally(numel, round(self.changed * by), self.delta * by, self.error * by)
+
+    @property
+    def vanished(self) -> bool:
+        """Whether there was a change, and as good as nothing of it is stored."""
+        return self.lost >= VANISHED
+
     @property
     def norm(self) -> float:
         """‖W' − W‖, the Frobenius norm of the change."""
@@ -47,6 +65,16 @@ class Tally:
     def lost(self) -> float:
         """‖stored − W'‖ / ‖W' − W‖: the part of the change that rounding took or made up; 0 for no change."""
         return sqrt(self.error / self.delta) if self.delta else 0.0
+
+
+def told(tallies: Mapping[str, Tally]) -> dict[str, dict[str, float]]:
+    """What they say of every tensor, as JSON values."""
+    return {name: {"delta_norm": t.norm, "changed": t.share, "lost": t.lost} for name, t in tallies.items()}
+
+
+def measured(tallies: Mapping[str, Tally]) -> dict[str, object]:
+    """What `peftsurgery.json` says of how far a merge moved its tensors."""
+    return {"measured": f"one tile of {EVERY}", "tensors": told(tallies)}
 
 
 def tally(base: Tensor, start: Tensor, value: Tensor, stored: Tensor) -> Tally:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from peftsurgery.adapter import Adapter, fingerprint
+from peftsurgery.adapter import fingerprint
+from peftsurgery.commands.adapter_files import Given
 from peftsurgery.commands.companions import config_changes
 from peftsurgery.commands.fitting import Fit, fit
+from peftsurgery.commands.provenance import inputs, provenance, vanished
 from peftsurgery.commands.report import Report
 from peftsurgery.disk import merge as disk_merge
 from peftsurgery.disk.checkpoint import Checkpoint, open_checkpoint
@@ -17,6 +19,7 @@ from peftsurgery.disk.lock import locked
 from peftsurgery.disk.undo import read_undo
 from peftsurgery.errors import CheckpointError, PlanError, listing
 from peftsurgery.events import Listener, ignore
+from peftsurgery.fold import touches
 
 
 def unmerge(model: str | Path, *, undo: str | Path, listen: Listener = ignore) -> Report:
@@ -40,34 +43,38 @@ def unmerge(model: str | Path, *, undo: str | Path, listen: Listener = ignore) -
 
 def merge_in_place(
     model: str | Path,
-    adapters: Sequence[Adapter],
+    given: Sequence[Given],
     undo: str | Path | None,
-    provenance: Mapping[str, object],
-    *,
     task: str | None,
+    full: bool,
     trust_remote_code: bool,
     listen: Listener,
 ) -> Report:
-    """Fold adapters into a checkpoint's own files; see `merge`."""
+    """Fold adapters into a checkpoint's own files; see `merge`.
+
+    Args:
+        full: hash every byte of the inputs.
+    """
     if undo is None or str(model).endswith(".onnx"):
         raise PlanError(
             "A merge in place changes a checkpoint directory and keeps the original bytes: "
             f"`peftsurgery merge {model} ADAPTER --in-place --undo FILE`. Nothing was changed."
         )
+    adapters = [one.scaled for one in given]
     root, file, known = locate(model), Path(undo).expanduser(), fingerprint(*adapters)
     with locked(root, f"patching {root}"):
         recovered = recover(root, file)
         checkpoint = open_checkpoint(root)
-        facts = {"model": str(model), "undo": str(undo), "recovered": recovered}
+        facts: dict[str, object] = {"model": str(model), "undo": str(undo), "recovered": recovered}
         if _is_merged(root, file, known):
             return Report("merge", "Nothing to do: the adapters are merged already.", facts)
         plan = fit(checkpoint, adapters, task=task, untie=False, trust_remote_code=trust_remote_code)
         _check_fits_in_place(checkpoint, plan)
-        names = patch(checkpoint, plan.adapters, file, provenance, known, listen=listen)
+        said = provenance(model, inputs(checkpoint, given), list(touches(*plan.adapters)), full=full)
+        tallies = patch(checkpoint, plan.adapters, file, said, known, listen=listen)
+    facts |= {"tensors": list(tallies), "vanished": vanished(tallies)}
     hint = f"peftsurgery unmerge {model} --undo {undo}"
-    return Report(
-        "merge", f"Merged into {len(names)} tensors in place.", {**facts, "tensors": names}, hint=hint
-    )
+    return Report("merge", f"Merged into {len(tallies)} tensors in place.", facts, hint=hint)
 
 
 def _is_merged(root: Path, undo: Path, fingerprint: str) -> bool:

@@ -15,7 +15,6 @@ from peftsurgery.commands.fleet import merge_fleet
 from peftsurgery.commands.fleet_pass import Fleet
 from peftsurgery.commands.in_place import merge_in_place
 from peftsurgery.commands.merge_disk import Job, check_apart, merge_disk
-from peftsurgery.commands.provenance import provenance
 from peftsurgery.commands.report import Report
 from peftsurgery.disk.durable import staged
 from peftsurgery.disk.engines import engine as engine_named
@@ -47,6 +46,7 @@ def merge(
     share_untouched: bool = False,
     engine: str = "local",
     resume: bool = False,
+    hash: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     listen: Listener = ignore,
@@ -75,6 +75,7 @@ def merge(
             files of the base; of a list of adapters every tensor that some of them leave alone.
         engine: who writes a checkpoint's files: `local`, this process, or `ray`, the nodes of a cluster.
         resume: go on with what an interrupted merge of the same into `out` left; the result has the same bits.
+        hash: have `peftsurgery.json` say the SHA-256 of every byte of the base and the adapters.
 
     Raises:
         AdapterError, FoldError, PlanError, CheckpointError: inputs and output are as they were.
@@ -88,13 +89,12 @@ def merge(
     if not isinstance(model, str | Path):
         return _merge_live(model, _scaled(taken), untie, listen)
     if in_place:
-        return _merge_in_place(model, _scaled(taken), undo, task, trust_remote_code, listen)
+        return merge_in_place(model, taken, undo, task, hash, trust_remote_code, listen)
     target = _place(model, out)
     if str(model).endswith(".onnx"):
         return _merge_graph(Path(model), _scaled(taken), target, listen)
-    nbytes = nbytes_named(max_shard_size)
-    shape = untie, task, dtype, nbytes, device
-    job = Job(model, taken, target, *shape, trust_remote_code, share_untouched, resume)
+    shape = untie, task, dtype, nbytes_named(max_shard_size), device
+    job = Job(model, taken, target, *shape, trust_remote_code, share_untouched, resume, hash)
     with engine_named(engine) as writers:
         if adapters_from is not None:
             return merge_fleet(Fleet(listed(adapters_from), job, load), writers, listen)
@@ -155,20 +155,6 @@ def _merge_live(model: nn.Module, adapters: Sequence[Adapter], untie: bool, list
     from peftsurgery.live.merge import merge as merge_live
 
     return merge_live(model, *adapters, untie=untie, listen=listen)
-
-
-def _merge_in_place(
-    model: str | Path,
-    adapters: Sequence[Adapter],
-    undo: str | Path | None,
-    task: str | None,
-    trust_remote_code: bool,
-    listen: Listener,
-) -> Report:
-    said = provenance(model, adapters, tuple(touches(*adapters)), ())
-    return merge_in_place(
-        model, adapters, undo, said, task=task, trust_remote_code=trust_remote_code, listen=listen
-    )
 
 
 def _place(model: str | Path, out: str | Path | None) -> Path:

@@ -11,16 +11,22 @@ from typing import Any
 import torch
 
 from peftsurgery import __version__
-from peftsurgery.adapter import Adapter, fingerprint
+from peftsurgery.adapter import Adapter
 from peftsurgery.commands.adapter_files import Given
 from peftsurgery.commands.companions import carry, merged_config
 from peftsurgery.commands.fitting import Fit, fit
-from peftsurgery.commands.provenance import PROVENANCE, provenance
+from peftsurgery.commands.provenance import (
+    PROVENANCE,
+    Inputs,
+    inputs,
+    provenance,
+    vanished,
+)
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.checkpoint import Checkpoint, open_checkpoint
 from peftsurgery.disk.durable import write_json
 from peftsurgery.disk.engines import Engine
-from peftsurgery.disk.identity import identify
+from peftsurgery.disk.hashing import hashed
 from peftsurgery.disk.locate import locate
 from peftsurgery.disk.merge import Merged, Planned, finished, plan
 from peftsurgery.disk.parts import written
@@ -30,10 +36,11 @@ from peftsurgery.disk.writer import ShardDone
 from peftsurgery.dtypes import dtype_named
 from peftsurgery.errors import PlanError
 from peftsurgery.events import Listener
+from peftsurgery.tally import EVERY, measured
 
 CONFIG = "config.json"
-ALIKE = ("untie", "task", "dtype", "max_shard_size", "device", "share_untouched")
-"""The words of a job that decide what is written."""
+OPTIONS = ("untie", "task", "dtype", "max_shard_size")
+"""The words of a job that decide what the model is."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +57,7 @@ class Job:
         device: where folding is computed.
         share_untouched: whether files of the base that no adapter touches are linked.
         resume: whether it goes on with what an interrupted one left.
+        hash: whether every byte of the inputs is hashed.
     """
 
     model: str | Path
@@ -63,6 +71,7 @@ class Job:
     trust_remote_code: bool = False
     share_untouched: bool = False
     resume: bool = False
+    hash: bool = False
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -76,11 +85,13 @@ class Prepared:
 
     Args:
         fit: how its adapters and its base come together.
+        source: what it is made from.
     """
 
     job: Job
     checkpoint: Checkpoint
     fit: Fit
+    source: Inputs
 
     def plan(self, directory: Path) -> Planned:
         """What is to be written into `directory`, which is the output or becomes it."""
@@ -94,6 +105,8 @@ class Prepared:
             dtype=dtype_named(job.dtype),
             max_shard_size=job.max_shard_size,
             device=job.device,
+            measure=EVERY,
+            metadata=self.source.label(),
         )
         if job.share_untouched:
             return replace(planned, tasks=with_twins(planned.tasks, self.checkpoint))
@@ -109,7 +122,8 @@ def merge_disk(job: Job, engine: Engine, listen: Listener) -> Report:
     with resumable(job.out, words, resume=job.resume) as unfinished:
         directory = unfinished.directory
         planned = prepared.plan(directory)
-        files = written(planned.tasks, unfinished.rest(engine), listen)
+        with hashed(list(prepared.source.base) if job.hash else ()):
+            files = written(planned.tasks, unfinished.rest(engine), listen)
         done = complete(prepared, planned, directory, files)
     return _report(job, done, files, prepared.fit.blueprint.architecture)
 
@@ -126,15 +140,18 @@ def prepare(job: Job) -> Prepared:
     fitted = fit(
         checkpoint, job.adapters, task=job.task, untie=job.untie, trust_remote_code=job.trust_remote_code
     )
-    return Prepared(job, checkpoint, fitted)
+    return Prepared(job, checkpoint, fitted, inputs(checkpoint, job.given))
 
 
 def complete(prepared: Prepared, planned: Planned, directory: Path, files: Iterable[ShardDone]) -> Merged:
     """Put around the weight files, which are there, what makes them a model; last what a loader looks for first."""
     job, base, becomes = prepared.job, prepared.checkpoint.path, prepared.fit.blueprint
+    prepared.source.check_unchanged()
     done = finished(directory, planned, files)
     carry(base, directory, but=(CONFIG,))
-    write_json(directory / PROVENANCE, provenance(job.model, job.adapters, done.folded, done.added))
+    options = {word: getattr(job, word) for word in OPTIONS}
+    found = provenance(job.model, prepared.source, done.folded, done.added, full=job.hash, options=options)
+    write_json(directory / PROVENANCE, found | measured(done.tallies))
     said = merged_config(
         base, becomes.architecture, becomes.classes, dtype=job.dtype, untied=bool(prepared.fit.twins)
     )
@@ -147,16 +164,12 @@ def words_of(prepared: Prepared) -> dict[str, Any]:
     job, root = prepared.job, prepared.checkpoint.path
     config = root / CONFIG
     return {
-        "base": {
-            shard.file.relative_to(root).as_posix(): {
-                **identify(shard.file).to_dict(),
-                "modified": shard.file.stat().st_mtime_ns,
-            }
-            for shard in prepared.checkpoint.shards
-        },
+        "base": {name: one.to_dict() for name, one in prepared.source.identities().items()},
+        "base's last change": [modified for _, _, modified in prepared.source.base.values()],
         "config": hashlib.sha256(config.read_bytes()).hexdigest() if config.is_file() else None,
-        "adapters": [fingerprint(adapter) for adapter in job.adapters],
-        **{word: getattr(job, word) for word in ALIKE},
+        "adapters": list(prepared.source.fingerprints),
+        "weights": [one.weight for one in job.given],
+        **{word: getattr(job, word) for word in (*OPTIONS, "device", "share_untouched", "hash")},
         "peftsurgery": __version__,
         "torch": torch.__version__,
         "processor": torch.backends.cpu.get_cpu_capability(),
@@ -184,6 +197,7 @@ def _report(job: Job, done: Merged, files: Sequence[ShardDone], architecture: st
         "size": size(done.nbytes),
         **(shared_facts(files) if job.share_untouched else {}),
         "tensors": list(done.folded),
+        "vanished": vanished(done.tallies),
         "out": str(job.out),
     }
     headline = f"Merged into {len(done.folded)} of {done.num_tensors} tensors."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from peftsurgery.adapter import check
 from peftsurgery.commands import texts as spoken
-from peftsurgery.commands.adapter_files import Adapters, gather
+from peftsurgery.commands.adapter_files import Adapters, gather, given
 from peftsurgery.commands.judging import Found, judged
 from peftsurgery.commands.report import Report
 from peftsurgery.commands.sides import (
@@ -102,11 +102,14 @@ def _bits(
 
     if not isinstance(model, str | Path) or not isinstance(against, str | Path):
         raise PlanError("`bits` compares directories. Save the model first, or leave `bits` out to run both.")
-    given = gather(adapters, weight, allow_pickle=allow_pickle)
+    listed = given(adapters, weight, allow_pickle=allow_pickle) if adapters else []
+    for one in listed:
+        check(one.adapter)
     return verify_merged(
         model,
         against,
-        [check(adapter) for adapter in given],
+        listed,
+        weighted=bool(weight),
         task=task,
         sample=sample,
         trust_remote_code=trust_remote_code,

@@ -7,7 +7,7 @@ the disk, and the marker goes last. A model with a marker is made whole from its
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import os
 from collections import defaultdict
@@ -15,19 +15,20 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
 from peftsurgery.adapter import Adapter
-from peftsurgery.disk.checkpoint import INDEX, SINGLE, Checkpoint, Stored, load
+from peftsurgery.changes import Change
+from peftsurgery.disk.checkpoint import INDEX, SINGLE, Checkpoint, Stored
 from peftsurgery.disk.durable import discard, opened, put, rename, write_json
 from peftsurgery.disk.durable import replace as replace_file
 from peftsurgery.disk.identity import identify
 from peftsurgery.disk.marker import Mark, half_patched, mark, marked, unmark
+from peftsurgery.disk.patching import check_claimed, check_patchable, fold_into
 from peftsurgery.disk.shard import read_shard
 from peftsurgery.disk.undo import Patched, Undo, blocks, check_undo, digest, read_undo, write_undo
 from peftsurgery.errors import CheckpointError, SurgeryError
 from peftsurgery.events import Event, Listener, ignore
-from peftsurgery.fold import folded, touches
+from peftsurgery.fold import touches
+from peftsurgery.tally import Tally, measured
 
 PROVENANCE = "peftsurgery.json"
 DOORS = (SINGLE, INDEX, "config.json")
@@ -42,7 +43,7 @@ def patch(
     fingerprint: str,
     *,
     listen: Listener = ignore,
-) -> tuple[str, ...]:
+) -> dict[str, Tally]:
     """Fold `adapters` into the checkpoint's own files, and keep what they held in `undo_file`.
 
     What fails, Ctrl-C included, is undone at once; after a crash `recover` does it.
@@ -53,29 +54,33 @@ def patch(
         fingerprint: what identifies the adapters, so that they are not folded in twice.
 
     Returns:
-        The names of the tensors that changed.
+        The tensors that changed, and how far.
 
     Raises:
         CheckpointError: a file cannot be patched (nothing is touched), read or written.
         FoldError: folding gave a NaN; the checkpoint is as it was.
     """
-    root, touched = checkpoint.path, touches(*adapters)
-    held = _by_file([s for s in checkpoint.tensors.values() if s.name in touched])
-    _check_patchable(root, held, undo_file)
+    root, changes = checkpoint.path, touches(*adapters)
+    held = _by_file([s for s in checkpoint.tensors.values() if s.name in changes])
+    check_claimed(checkpoint, changes)
+    check_patchable(root, held)
+    _check_undo_place(root, undo_file)
     undo = write_undo(undo_file, root, held, _text(root / PROVENANCE))
     try:
         mark(root, Mark(str(undo_file), undo.identity))
         _hide(root)
-        after = _fold(root, undo, adapters, listen)
+        after, tallies = _fold(root, undo, changes, listen)
         said = {"undo": undo.identity, "adapters": fingerprint, "after": after}
         earlier = json.loads(undo.provenance) if undo.provenance else {}
-        write_json(root / PROVENANCE, {**provenance, "in_place": [*_stack(earlier), said]})
+        write_json(
+            root / PROVENANCE, {**provenance, **measured(tallies), "in_place": [*_stack(earlier), said]}
+        )
         _show(root)
         unmark(root)
     except BaseException:
         _undone(root, undo)
         raise
-    return tuple(stored.name for tensors in held.values() for stored in tensors)
+    return tallies
 
 
 def recover(root: Path, undo_file: Path) -> bool:
@@ -127,21 +132,22 @@ def merged_with(root: Path) -> dict[str, str]:
     return {str(one["adapters"]): str(one["undo"]) for one in _stack(json.loads(text) if text else {})}
 
 
-def _fold(root: Path, undo: Undo, adapters: Sequence[Adapter], listen: Listener) -> dict[str, str]:
-    """Patch every file; the SHA-256 of the new bytes of each."""
-    places = {one.file: _stored(root, one) for one in undo.patched}
-    coming = folded(((s.name, load(s)) for held in places.values() for s in held), *adapters, listen=listen)
-    after = {}
-    for file, held in places.items():
-        found = hashlib.sha256()
-        with opened(_where(root, file)) as descriptor:
-            for stored, (_, tensor) in zip(held, coming, strict=False):
-                data = tensor.reshape(-1).view(torch.uint8).numpy().data
-                found.update(data)
-                put(stored.file, descriptor, data, stored.start)
-        after[file] = found.hexdigest()
-    next(coming, None)
-    return after
+def _fold(
+    root: Path, undo: Undo, changes: Mapping[str, tuple[Change, ...]], listen: Listener
+) -> tuple[dict[str, str], dict[str, Tally]]:
+    """Patch every file; the SHA-256 of the new bytes of each, and how far every tensor moved."""
+    count, total = itertools.count(1), len(undo.originals)
+
+    def tell(stored: Stored) -> None:
+        listen(Event("fold", stored.name, next(count), total, stored.nbytes))
+
+    after: dict[str, str] = {}
+    tallies: dict[str, Tally] = {}
+    for one in undo.patched:
+        held = _stored(root, one)
+        tallies |= fold_into(_where(root, one.file), held, changes, tell)
+        after[one.file] = digest(held)
+    return after, tallies
 
 
 def _restore(root: Path, undo: Undo, listen: Listener) -> None:
@@ -254,26 +260,6 @@ def _check_last(root: Path, undo: Undo) -> None:
             f"{root / changed} was changed after the merge in place, so {undo.file} does not belong to what it "
             "holds. Download the model again; nothing was changed."
         )
-
-
-def _check_patchable(root: Path, held: Mapping[Path, Sequence[Stored]], undo_file: Path) -> None:
-    """Refuse files that are not the model's alone, or that cannot be written."""
-    for file in held:
-        name = file.relative_to(root)
-        if any((root / part).is_symlink() for part in (name, *name.parents) if part != Path(".")):
-            raise _unpatchable(file, "is a link to a file of a cache, which other models may use")
-        if file.stat().st_nlink > 1:
-            raise _unpatchable(
-                file, "has another name too (a hard link), and what has it would change with it"
-            )
-    for place in (*held, root):
-        if not place.stat().st_mode & 0o222 or not os.access(place, os.W_OK):
-            raise _unpatchable(place, "is read-only")
-    _check_undo_place(root, undo_file)
-
-
-def _unpatchable(file: Path, fact: str) -> CheckpointError:
-    return CheckpointError(f"{file} {fact}. Merge into a new directory with `-o OUT`; nothing was changed.")
 
 
 def _check_undo_place(root: Path, undo_file: Path) -> None:

@@ -40,7 +40,7 @@ class Move:
     start: int
     nbytes: int
 
-    def run(self, out: Output, *, device: str, measure: bool) -> Ran:
+    def run(self, out: Output, *, device: str, measure: int) -> Ran:
         head = min(-self.start % PAGE, self.nbytes)
         body = (self.nbytes - head) // PAGE * PAGE
         if not share(out, self.file, self.begin + head, self.start + head, body):
@@ -65,7 +65,7 @@ class Make:
     start: int
     nbytes: int
 
-    def run(self, out: Output, *, device: str, measure: bool) -> Ran:
+    def run(self, out: Output, *, device: str, measure: int) -> Ran:
         base = read(self.piece, self.block)
         made = typed(ROOMS.room("out", self.nbytes, self.start), self.piece.dtype).view(base.shape)
         found = make(self.piece, self.block, base, made, device=device, measure=measure)
@@ -96,7 +96,7 @@ def jobs(pieces: Iterable[Piece], start: int, device: str) -> Iterator[Move | Ma
         else:
             yield from _cut(run)
             run = Move(Path(), 0, 0, 0)
-            yield from _makes(piece, start, device)
+            yield from makes(piece, start, device)
         start += piece.nbytes
     yield from _cut(run)
 
@@ -110,7 +110,8 @@ def _cut(run: Move) -> Iterator[Move]:
             yield Move(run.file, run.begin + at - run.start, at, until - at)
 
 
-def _makes(piece: Piece, start: int, device: str) -> Iterator[Make]:
+def makes(piece: Piece, start: int, device: str) -> Iterator[Make]:
+    """What there is to compute for a tensor that begins at `start` in the output."""
     for block in blocks(piece, device) if piece.nbytes else ():
         begin, stop = span(piece, block.rows)
         yield Make(piece, block, start + begin, stop - begin)

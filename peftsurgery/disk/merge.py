@@ -98,7 +98,7 @@ def merge(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
     device: str = "cpu",
-    measure: bool = False,
+    measure: int = 0,
     listen: Listener = ignore,
 ) -> Merged:
     """Write `checkpoint` with every adapter folded into it, into an existing empty `directory`; see `plan`.
@@ -137,7 +137,8 @@ def plan(
     dtype: torch.dtype | None = None,
     max_shard_size: int | None = None,
     device: str = "cpu",
-    measure: bool = False,
+    measure: int = 0,
+    metadata: Mapping[str, str] | None = None,
 ) -> Planned:
     """What to write so that `directory` holds `checkpoint` with every adapter folded into it; headers tell it all.
 
@@ -151,7 +152,8 @@ def plan(
         dtype: of every floating tensor of the output; its own by default.
         max_shard_size: bytes of tensors in a file; the base's own files by default.
         device: where folding is computed.
-        measure: whether to tell how far every changed tensor moved.
+        measure: every how many-th tile is measured, to tell how far its tensor moved; 0 for none.
+        metadata: what the files say of themselves that hold a tensor which an adapter changes.
 
     Raises:
         UnclaimedSites, UnsupportedSite, MismatchedTensors: a tensor that the adapters change is not there, is
@@ -175,7 +177,12 @@ def plan(
         added=added,
         max_shard_size=max_shard_size,
     )
-    tasks = tuple(replace(task, device=device, measure=measure) for task in tasks)
+    tasks = tuple(
+        replace(task, device=device, measure=measure, metadata={**task.metadata, **(metadata or {})})
+        if any(piece.changes for piece in task.pieces)
+        else task
+        for task in tasks
+    )
     found = tuple(name for name in changes if name not in heads)
     return Planned(tasks, found, tuple(piece.name for piece in added), checkpoint.index)
 

@@ -72,9 +72,14 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some rows of a piece: one or several of its tiles."""
+    """Some rows of a piece: one or several of its tiles.
+
+    Args:
+        first: the number of the first one among all of the piece.
+    """
 
     tiles: tuple[slice, ...]
+    first: int = 0
 
     @property
     def rows(self) -> slice:
@@ -86,12 +91,14 @@ def blocks(piece: Piece, device: str = "cpu", nbytes: int = BLOCK) -> Iterator[B
     """The piece, cut at the borders of its tiles into blocks of about `nbytes`, in order."""
     wide = piece.row * max(piece.dtype.itemsize, piece.source.itemsize)
     held: list[slice] = []
+    first = 0
     for rows in tiles(piece.changes, piece.shape, device):
         if held and (rows.stop - held[0].start) * wide > nbytes:
-            yield Block(tuple(held))
+            yield Block(tuple(held), first)
+            first += len(held)
             held = []
         held.append(rows)
-    yield Block(tuple(held))
+    yield Block(tuple(held), first)
 
 
 def read(piece: Piece, block: Block) -> Tensor:
@@ -113,9 +120,12 @@ def read(piece: Piece, block: Block) -> Tensor:
 
 
 def make(
-    piece: Piece, block: Block, base: Tensor, out: Tensor, *, device: str = "cpu", measure: bool = False
+    piece: Piece, block: Block, base: Tensor, out: Tensor, *, device: str = "cpu", measure: int = 0
 ) -> Tally:
     """Fold a block: `base` is what `read` gave, `out` has its shape and the piece's dtype.
+
+    Args:
+        measure: every how many-th tile of the piece is measured; 0 for none.
 
     Raises:
         NonFiniteWeight: folding gave a NaN or an infinity.
@@ -124,10 +134,11 @@ def make(
         out.copy_(base)
         return Tally()
     found, first = Tally(), block.rows.start
-    for rows in block.tiles:
+    for number, rows in enumerate(block.tiles, block.first):
+        measured = bool(measure) and number % measure == 0
         here = slice(rows.start - first, rows.stop - first) if piece.shape else ...
         found += fold_tile(
-            piece.name, piece.changes, base[here], rows, out[here], device=device, measure=measure
+            piece.name, piece.changes, base[here], rows, out[here], device=device, measure=measured
         )
     return found
 

@@ -51,13 +51,14 @@ class Sharing:
         """The tasks of one model, its shared files first, each with its twin in the store."""
         shared, own = self._parted(tasks)
         common = replace(tasks[0], metadata=PLAIN)
+        mine = next((task for task in tasks if any(piece.changes for piece in task.pieces)), tasks[0])
         files = [
             *(
                 replace(common, pieces=some, twin=self._twin(some))
                 for group in shared
                 for some in cut(group, self.most)
             ),
-            *(replace(tasks[0], pieces=some) for some in cut(own, self.most)),
+            *(replace(mine, pieces=some) for some in cut(own, self.most)),
         ]
         names = file_names(len(files))
         return tuple(replace(task, file=directory / name) for task, name in zip(files, names, strict=True))

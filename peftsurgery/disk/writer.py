@@ -36,7 +36,7 @@ class ShardTask:
         pieces: its tensors, in the order of their bytes.
         mode: the permissions of the file; what the user's mask leaves by default.
         device: where folding is computed.
-        measure: whether to tell how far every touched tensor moved.
+        measure: every how many-th tile is measured, to tell how far its tensor moved; 0 for none.
         threads: how many work on it; they do not change a bit of it.
         twin: a file that holds these tensors already, whose bytes are shared where the file system can.
     """
@@ -46,7 +46,7 @@ class ShardTask:
     metadata: Mapping[str, str] = field(default_factory=dict)
     mode: int | None = None
     device: str = "cpu"
-    measure: bool = False
+    measure: int = 0
     threads: int = THREADS
     twin: Path | None = None
 
@@ -103,11 +103,14 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
         run = partial(_run, out=out, device=task.device, measure=task.measure)
         for job, found in zip(todo, pool.map(run, todo), strict=True):
             sums.append(found.sum)
-            if isinstance(job, Make) and job.piece.touched:
+            if task.measure and isinstance(job, Make) and job.piece.touched:
                 tallies[job.piece.name] += found.tally
             _tell(events, job.start + job.nbytes, listen)
         _tell(events, size, listen)
-    return ShardDone(task.file, size, dict(tallies), unshared=why, sums=tuple(sums))
+    whole = {
+        piece.name: tallies[piece.name].of(piece.numel) for piece in task.pieces if piece.name in tallies
+    }
+    return ShardDone(task.file, size, whole, unshared=why, sums=tuple(sums))
 
 
 def _shared(task: ShardTask) -> tuple[str, str]:
@@ -159,7 +162,7 @@ def _agree(found: int, said: int | None) -> bool:
     return said is None or found == said
 
 
-def _run(job: Move | Make, *, out: Output, device: str, measure: bool) -> Ran:
+def _run(job: Move | Make, *, out: Output, device: str, measure: int) -> Ran:
     return job.run(out, device=device, measure=measure)
 
 

@@ -42,6 +42,11 @@ merge_options = together(
         help="Who writes a checkpoint's files: this process, or the nodes of a Ray cluster.",
     ),
     click.option(
+        "--hash",
+        is_flag=True,
+        help="Record the SHA-256 of every byte of MODEL and ADAPTERS in peftsurgery.json.",
+    ),
+    click.option(
         "--resume", is_flag=True, help="Go on with what an interrupted merge of the same into OUT left."
     ),
 )
