@@ -3,10 +3,11 @@
 python -m benchmarks.export_memory [--gigabytes 3.6] [--dtype bfloat16] [--peers]
 
 The checkpoint has Llama-7B's layers, as many as fill the gigabytes, in shards, and is sparse: its files have their
-length and no blocks, so it costs no disk and reads as zeros. Each export runs in a process of its own and is not
-compared with torch, for that would load the weights. What counts is the largest resident set of the process (with
-the imports of torch, transformers and onnx), the bytes that its directory holds beside the links, and the time. ONNX
-Runtime then loads the graph in another process, with prepacking off, which would copy every matrix.
+length and no blocks, so it costs no disk and reads as zeros. A LoRA of rank 16 is on two matrices of every layer. Each
+export runs in a process of its own and is not compared with torch, for that would load the weights. What counts is
+the largest resident set of the process (with the imports of torch, transformers and onnx), the bytes that its
+directory holds beside the links, and the time. ONNX Runtime then loads the graph in another process, with prepacking
+off, which would copy every matrix.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.checkpoints import adapter
+
 SHARD = 1_000_000_000
 WIDTH, HEADS, INNER, VOCABULARY = 4096, 32, 11008, 32000
 """Llama-7B's."""
@@ -43,7 +46,7 @@ EXPORT = """
 import sys, time
 start = time.perf_counter()
 import peftsurgery as ps
-ps.export_onnx(sys.argv[1], out=sys.argv[2], weights=sys.argv[3], verify=False)
+ps.export_onnx(sys.argv[1], out=sys.argv[2], weights=sys.argv[3], adapters=sys.argv[4:], verify=False)
 print(resident("VmHWM"), time.perf_counter() - start)
 """
 STOCK = """
@@ -81,6 +84,9 @@ done.save_pretrained(out)
 print(resident("VmHWM"), time.perf_counter() - start)
 """
 PEERS = {"torch.onnx.export": STOCK, "transformers' exporter": TRANSFORMERS}
+MERGED = "reference, LoRA merged"
+TARGETS = ("self_attn.q_proj", "self_attn.o_proj")
+"""What the LoRA is on: matrices of WIDTH × WIDTH."""
 IMPORTS = """
 import onnx, onnx_ir, onnxscript, torch, transformers, peftsurgery as ps
 import torch.onnx._internal.exporter._core
@@ -174,9 +180,10 @@ def written(directory: Path) -> int:
 
 
 def row(base: Path, out: Path, way: str) -> dict[str, Any]:
-    peak, seconds = measured(PEERS.get(way, EXPORT), base, out, way)
+    lora = [base.parent / "lora"] if way == MERGED else []
+    peak, seconds = measured(PEERS.get(way, EXPORT), base, out, way.partition(",")[0], *lora)
     found = {"export": way, "peak_bytes": peak, "seconds": seconds, "written_bytes": written(out)}
-    if way in PEERS:
+    if way != "reference":
         shutil.rmtree(out)
     return found
 
@@ -188,7 +195,7 @@ def main() -> None:
     words.add_argument(
         "--peers",
         action="store_true",
-        help="measure the exporters that load the model; they write its weights",
+        help="measure what writes all weights too: copies, and the exporters that load the model",
     )
     asked = words.parse_args()
     dtype = getattr(torch, asked.dtype)
@@ -198,7 +205,8 @@ def main() -> None:
         said = config(asked.gigabytes * 1e9, dtype)
         total = write(base, said, dtype)
         imports, _ = measured(IMPORTS)
-        ways = ["reference", *(PEERS if asked.peers else ())]
+        adapter(Path(room) / "lora", TARGETS, said.num_hidden_layers)
+        ways = ["reference", MERGED, *(("copy", *PEERS) if asked.peers else ())]
         rows = [row(base, Path(room) / f"out-{number}", way) for number, way in enumerate(ways)]
         loaded = measured(LOAD, Path(room) / "out-0") if dtype is torch.float32 else None
     found = {
