@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftsurgery.commands.assembled_weights import Part
 from peftsurgery.commands.certify import CERTIFICATE, certificate, made_before
 from peftsurgery.commands.changed_weights import changed, written
 from peftsurgery.commands.exporting import (
@@ -61,14 +62,16 @@ def export_by_reference(order: Order, listen: Listener) -> Report:
 
 def _check_mostly_stored(base: Base) -> None:
     """Refuse to write most of a checkpoint again and to call that a reference."""
-    cast = {piece.origin: piece for piece in base.made.values()}
-    if sum(piece.nbytes for piece in cast.values()) > sum(s.nbytes for s in {*base.held.values()}):
-        piece = next(iter(cast.values()))
+    made = {*base.made.values()}
+    if sum(one.nbytes for one in made) <= sum(stored.nbytes for stored in {*base.held.values()}):
+        return
+    largest = max(made, key=lambda one: one.nbytes)
+    if isinstance(largest, Part):
         raise NotReferable(
-            f"Most weights are stored in {piece.source}, and the model computes in {piece.dtype}".replace(
-                "torch.", ""
-            )
+            "Most weights are not in the checkpoint as such: transformers assembles them on loading"
         )
+    words = f"Most weights are stored in {largest.source}, and the model computes in {largest.dtype}"
+    raise NotReferable(words.replace("torch.", ""))
 
 
 def _apart(order: Order, base: Base, listen: Listener) -> Report:

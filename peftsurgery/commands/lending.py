@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,12 +36,16 @@ def told(ways: Mapping[str, Way]) -> str:
     """It in words for a person."""
     hows = {way.how for way in ways.values()}
     reasons = ", ".join(sorted({way.why for way in ways.values() if way.how == COPY}))
-    made = ", ".join(sorted(name for name, way in ways.items() if way.how == WRITTEN))
+    made = sorted(name for name, way in ways.items() if way.how == WRITTEN)
     words = {
         OWN: "the checkpoint's own, untouched",
         COPY: f"copied, for {reasons}",
         HARD_LINK: "hard links, which ONNX Runtime reads and onnx's own checker and loader refuse",
         REFLINK: "reflinks, files of their own that share their blocks with the checkpoint's",
-        WRITTEN: f"what is not in the checkpoint as such was written to {made}",
+        WRITTEN: f"what is not in the checkpoint as such was written to {_listed(made)}",
     }
     return "; ".join(said for how, said in words.items() if how in hows)
+
+
+def _listed(files: Sequence[str]) -> str:
+    return ", ".join(files) if len(files) < 3 else f"{files[0]} and {len(files) - 1} more files"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from peftsurgery.commands.assembled_weights import Part, parts
 from peftsurgery.commands.fitting import common_task, labels
 from peftsurgery.commands.operating import brought
 from peftsurgery.disk.checkpoint import Checkpoint, Stored, load, open_checkpoint
@@ -41,7 +42,7 @@ class Base:
     model: nn.Module
     checkpoint: Checkpoint
     held: Mapping[str, Stored]
-    made: Mapping[str, Piece] = field(default_factory=dict)
+    made: Mapping[str, Piece | Part] = field(default_factory=dict)
 
     def spans(self, below: Path) -> dict[str, Span]:
         """Where the bytes lie, in a graph's words, if all files lie `below` the graph's directory."""
@@ -59,7 +60,8 @@ class Base:
     def readers(self) -> dict[str, Callable[[], Tensor]]:
         """What reads or makes each of them; the memory goes back with the tensor."""
         read = {name: partial(load, stored) for name, stored in self.held.items()}
-        return {**read, **{name: partial(whole, piece) for name, piece in self.made.items()}}
+        made = {n: p.make if isinstance(p, Part) else partial(whole, p) for n, p in self.made.items()}
+        return {**read, **made}
 
 
 def base_of(order: Order, source: nn.Module | str | Path) -> Base:
@@ -81,13 +83,14 @@ def base_of(order: Order, source: nn.Module | str | Path) -> Base:
         trust_remote_code=order.trust_remote_code,
     )
     convert(model, dtype)
+    assembled = parts(model, checkpoint.tensors)
     found = _found(model, checkpoint)
     _spread(model, found)
-    held = _fitting(model, checkpoint, found, brought(order.adapters))
+    held = _fitting(model, checkpoint, found, assembled, brought(order.adapters))
     buffers = dict(model.named_buffers())
     fill(model, {name: load(stored) for name, stored in held.items() if name in buffers})
-    cast = _cast(model, held)
-    return Base(model, checkpoint, {name: held[name] for name in held if name not in cast}, cast)
+    made: dict[str, Piece | Part] = {**_cast(model, held), **assembled}
+    return Base(model, checkpoint, {name: held[name] for name in held if name not in made}, made)
 
 
 def _dtype(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.dtype:
@@ -102,23 +105,16 @@ def _dtype(checkpoint: Checkpoint, trust_remote_code: bool) -> torch.dtype:
 def _found(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Stored]:
     """For each name in the model what is stored for it, old spellings and prefixes resolved."""
     loading = pretrained.loading(model, checkpoint.tensors)
-    _refuse_assembled(model, loading.assembled)
     found: dict[str, Stored] = {}
     for name, stored in checkpoint.tensors.items():
+        if loading.names[name] in loading.assembled:
+            continue
         other = found.setdefault(loading.names[name], stored)
         if other is not stored:
             raise NotReferable(
                 f"{checkpoint.path} holds {loading.names[name]!r} twice, as {other.name!r} and {name!r}"
             )
     return found
-
-
-def _refuse_assembled(model: nn.Module, assembled: Collection[str]) -> None:
-    if assembled:
-        raise NotReferable(
-            f"{listing(sorted(assembled))} of {type(model).__name__} is not in the checkpoint as such: "
-            "transformers assembles it on loading"
-        )
 
 
 def _spread(model: nn.Module, found: dict[str, Stored]) -> None:
@@ -137,12 +133,16 @@ def _same(one: Stored, other: Stored) -> bool:
 
 
 def _fitting(
-    model: nn.Module, checkpoint: Checkpoint, found: Mapping[str, Stored], fresh: Collection[str]
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    found: Mapping[str, Stored],
+    assembled: Collection[str],
+    fresh: Collection[str],
 ) -> dict[str, Stored]:
     """What is stored for the model; what the adapters bring in its place may be missing, or have another shape."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     replaced = {name for name in shapes if pretrained.inside(name, fresh)}
-    lost = [name for name in shapes if name not in found and name not in replaced]
+    lost = [name for name in shapes if name not in {*found, *assembled, *replaced}]
     pretrained.check_complete(checkpoint.path, type(model).__name__, lost)
     fits = {
         name: found[name] for name, shape in shapes.items() if name in found and found[name].shape == shape

@@ -61,8 +61,8 @@ def save(model: ir.Model, directory: Path, name: str = "model.onnx", *, inline: 
     path, data = directory / name, directory / f"{name}.data"
     linked = any(_lies_in(value.const_value, directory) for value in model.graph.initializers.values())
     apart = not (inline or linked)
-    if inline:
-        _check_small(model, name)
+    if not apart:
+        _check_small(model, directory, name)
     _take_in(model, directory)
     ir.save(model, path, external_data=data.name if apart else None)
     try:
@@ -75,12 +75,14 @@ def save(model: ir.Model, directory: Path, name: str = "model.onnx", *, inline: 
     return files
 
 
-def _check_small(model: ir.Model, name: str) -> None:
-    held = nbytes(model)
+def _check_small(model: ir.Model, directory: Path, name: str) -> None:
+    """Refuse a graph whose own weights, those that lie in no file of the directory, are too large for protobuf."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    held = sum(t.nbytes for t in tensors if t is not None and not _lies_in(t, directory))
     if held >= INLINE:
         raise ExportError(
             f"{name} would hold {held / 1e9:.1f} GB of weights, and one ONNX file takes less than 2 GB. Export with "
-            "`--weights copy` or `--weights reference`; nothing was written."
+            "`--weights copy`; nothing was written."
         )
 
 
