@@ -37,31 +37,40 @@ def merge_fleet(fleet: Fleet, engine: Engine, listen: Listener) -> Report:
     made = [path for path in (fleet.job.out, *fleet.job.out.parents) if not path.exists()]
     sharing = _sharing(fleet) if fleet.job.share_untouched else None
     try:
-        with _room(fleet.job.out):
+        with _room(fleet.job.out, sharing):
             outcomes = _outcomes(fleet, sharing, engine, listen)
             return _told(fleet, outcomes, sharing.nbytes if sharing else 0)
     finally:
-        if sharing is not None:
-            sharing.prune()
         remove_empty(made)
 
 
 @contextmanager
-def _room(out: Path) -> Iterator[None]:
-    """The directory of all models, which is one fleet's at a time."""
+def _room(out: Path, sharing: Sharing | None) -> Iterator[None]:
+    """The directory of all models, which is one fleet's at a time, and in the end holds nothing that no model has."""
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     with locked(out, f"merging into {out}"):
-        yield
+        try:
+            yield
+        finally:
+            if sharing is not None:
+                sharing.prune()
 
 
 def _outcomes(fleet: Fleet, sharing: Sharing | None, engine: Engine, listen: Listener) -> list[Outcome]:
     """What became of every adapter, in their order."""
     found: dict[str, Outcome] = {}
-    for entries in _passes(fleet.entries):
-        for outcome in one_pass(fleet, entries, sharing, engine, listen):
-            found[outcome.entry.name] = outcome
-            listen(Event("merge", outcome.entry.name, len(found), len(fleet.entries), outcome.written))
+    try:
+        for entries in _passes(fleet.entries):
+            for outcome in one_pass(fleet, entries, sharing, engine, listen):
+                found[outcome.entry.name] = outcome
+                listen(Event("merge", outcome.entry.name, len(found), len(fleet.entries), outcome.written))
+    except KeyboardInterrupt:
+        whole = sum(outcome.error is None for outcome in found.values())
+        if whole:
+            said = f"Interrupted; {whole} of {len(fleet.entries)} models are whole. Go on with `--resume`."
+            raise KeyboardInterrupt(said) from None
+        raise
     return [found[entry.name] for entry in fleet.entries]
 
 

@@ -162,7 +162,7 @@ def _place(model: str | Path, out: str | Path | None) -> Path:
         raise PlanError(
             f"The merged model needs a place of its own: `peftsurgery merge {model} ADAPTER -o OUT`."
         )
-    return Path(out)
+    return Path(out).expanduser()
 
 
 def _merge_graph(model: Path, adapters: Sequence[Adapter], out: Path, listen: Listener) -> Report:

@@ -241,7 +241,7 @@ def test_interrupted(llama: Path, adapters: Path, single: Path, tmp_path: Path) 
         if event.verb == "merge":
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="1 of 3 models are whole"):
         ps.merge(llama, adapters_from=adapters, out=tmp_path / "out", share_untouched=True, listen=interrupt)
     (whole,) = models(tmp_path / "out")
     assert_same(tmp_path / "out" / whole, single / whole)
@@ -353,10 +353,12 @@ def test_a_full_disk_stops_all(
 
 
 def test_one_fleet_at_a_time(llama: Path, adapters: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
+    theirs = tmp_path / "out" / ".shared" / "theirs.safetensors"
+    theirs.parent.mkdir(parents=True)
+    theirs.touch()
     with locked(tmp_path / "out", "merging"), pytest.raises(CheckpointError, match="Another process"):
-        ps.merge(llama, adapters_from=adapters, out=tmp_path / "out")
-    assert names(tmp_path / "out") == []
+        ps.merge(llama, adapters_from=adapters, out=tmp_path / "out", share_untouched=True)
+    assert names(tmp_path / "out") == [".shared"] and theirs.exists()
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"models": 3}'])
