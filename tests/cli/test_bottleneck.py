@@ -104,7 +104,7 @@ def test_adapters_that_cannot_be_fused() -> None:
         ps.inject(model, fusion, adapters=[a, lora])
     with pytest.raises(PlanError, match="same places"):
         ps.inject(model, fusion, adapters=[a, ps.remove(one)])
-    with pytest.raises(PlanError, match="Two of the adapters are named 'a'.*--name"):
+    with pytest.raises(PlanError, match=r"Two of the adapters are named 'a'.*--name"):
         ps.inject(model, fusion, adapters=[a, a])
     with pytest.raises(PlanError, match="leave out targets"):
         ps.inject(model, fusion, "output_adapter", adapters=[a])
