@@ -185,7 +185,7 @@ def verified(live: nn.Module, order: Order, made: Traced, graphs: Sequence[Path]
     from peftsurgery.graph import parity
     from peftsurgery.graph.pair import opened
 
-    runner = opened(graphs)
+    runner = opened(graphs, packed=False)  # a few runs are not worth a second copy of every weight
     own = parity.tolerance(coarsest(live), widened=runner.widened)
     prefix = {**made.prefix, **made.apart}
     with exact(live), plain(live, order.task, prefix, form=order.prefix) as bare:

@@ -23,6 +23,7 @@ class Pair:
         providers: where to run, as in `Session`.
         threads: that one operation may use; 0 lets ONNX Runtime choose.
         reveal: values inside of the two graphs that come out too.
+        packed: as in `Session`.
 
     Raises:
         ExportError: as `Session` does.
@@ -36,9 +37,10 @@ class Pair:
         *,
         threads: int = 0,
         reveal: tuple[Sequence[str], Sequence[str]] = ((), ()),
+        packed: bool = True,
     ) -> None:
-        self.encoder = Session(encoder, providers, threads=threads, reveal=reveal[0])
-        self.decoder = Session(decoder, providers, threads=threads, reveal=reveal[1])
+        self.encoder = Session(encoder, providers, threads=threads, reveal=reveal[0], packed=packed)
+        self.decoder = Session(decoder, providers, threads=threads, reveal=reveal[1], packed=packed)
         self.provider, self.remark = self.decoder.provider, self.decoder.remark
         self.widened = self.decoder.widened
 
@@ -100,16 +102,20 @@ def graphs(place: Path) -> tuple[Path, ...]:
 
 
 def opened(
-    files: Sequence[Path], providers: Sequence[str] | None = None, *, threads: int = 0
+    files: Sequence[Path],
+    providers: Sequence[str] | None = None,
+    *,
+    threads: int = 0,
+    packed: bool = True,
 ) -> Session | Pair:
     """What runs the graphs of one model.
 
     Args:
-        providers, threads: see `Session`.
+        providers, threads, packed: see `Session`.
 
     Raises:
         ExportError: as `Session` does.
     """
     if len(files) == 1:
-        return Session(files[0], providers, threads=threads)
-    return Pair(files[0], files[1], providers, threads=threads)
+        return Session(files[0], providers, threads=threads, packed=packed)
+    return Pair(files[0], files[1], providers, threads=threads, packed=packed)

@@ -37,6 +37,8 @@ class Session:
             CUDA where it works, and the CPU otherwise.
         threads: that one operation may use; 0 lets ONNX Runtime choose.
         reveal: values inside of the graph that come out too.
+        packed: copy every matrix into the order that the processor likes, as ONNX Runtime does unless told otherwise;
+            without it weights in files are mapped and take no memory of their own.
 
     Attributes:
         provider: where it really runs, in ONNX Runtime's word.
@@ -54,9 +56,10 @@ class Session:
         *,
         threads: int = 0,
         reveal: Sequence[str] = (),
+        packed: bool = True,
     ) -> None:
         wanted = _asked(providers) if providers else _default()
-        self._session, said, self.widened = _open(Path(path), wanted, threads, reveal)
+        self._session, said, self.widened = _open(Path(path), wanted, _options(threads, packed), reveal)
         self.provider: str = self._session.get_providers()[0]
         unloaded = "" if self.provider == wanted[0] else _unloaded(wanted[0], said)
         if providers and unloaded:
@@ -178,13 +181,20 @@ def _asked(words: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _open(path: Path, wanted: list[str], threads: int, reveal: Sequence[str]) -> tuple[Any, str, bool]:
-    """The session, what ONNX Runtime printed, and whether it runs in float32 for want of bfloat16."""
+def _options(threads: int, packed: bool) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = ERRORS
+    options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
+    return options
+
+
+def _open(path: Path, wanted: list[str], options: Any, reveal: Sequence[str]) -> tuple[Any, str, bool]:
+    """The session, what ONNX Runtime printed, and whether it runs in float32 for want of bfloat16."""
+    import onnxruntime as ort
+
     source = revealed(path.read_bytes(), reveal) if reveal else str(path)
     if reveal:
         options.add_session_config_entry(FOLDER, str(path.resolve().parent))
