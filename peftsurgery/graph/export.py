@@ -70,6 +70,7 @@ def trace(
     run: Run = call,
     watch: layers.Layers | None = None,
     portable: bool = False,
+    fuse: bool = False,
 ) -> ir.Model:
     """The model as an ONNX graph, dynamic in batch and length; the model is left as it was.
 
@@ -87,6 +88,7 @@ def trace(
         run: from the model and its inputs by name to its outputs by name.
         watch: the layers by name whose outputs the graph remembers, so that `verify` can look at them.
         portable: read weights in files with operators of ONNX alone.
+        fuse: norms, rotations and attention as ONNX's own operators for them; takes opset 24.
 
     Raises:
         UnsupportedModel: torch cannot trace it.
@@ -100,7 +102,10 @@ def trace(
     parameters = _rename(graph, model, names)
     reference.point(graph, held or {})
     passes.lean(
-        graph, {*parameters, *(prefix or {})}, bake=partial(virtual.bake, tables=tables, tokens=tokens or {})
+        graph,
+        {*parameters, *(prefix or {})},
+        bake=partial(virtual.bake, tables=tables, tokens=tokens or {}),
+        fuse=fuse,
     )
     linear.read_as_stored(graph, portable=portable)
     precision.finite(graph)

@@ -18,13 +18,18 @@ TURNED = "transposed"
 
 
 def lean(
-    model: ir.Model, parameters: Collection[str], bake: Callable[[ir.Model], None] | None = None
+    model: ir.Model,
+    parameters: Collection[str],
+    bake: Callable[[ir.Model], None] | None = None,
+    *,
+    fuse: bool = False,
 ) -> None:
     """Fold shape arithmetic, drop what is said twice or unused, and store matrices as MatMul reads them.
 
     Args:
         parameters: names of initializers that must survive under their names wherever they are used.
         bake: what evaluates virtual tokens, once shapes are folded and before anything is forgotten.
+        fuse: let larger operators stand for many, and ONNX Runtime see the shapes that it fuses the rest by.
     """
     import onnx_ir as ir
     from onnx_ir.passes import common
@@ -50,7 +55,7 @@ def lean(
     if bake is not None:
         bake(model)
     with _unread(model):
-        rewrites.apply(model)
+        rewrites.apply(model, fuse=fuse)
     ir.passes.Sequential(
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -59,7 +64,7 @@ def lean(
         common.RemoveUnusedOpsetsPass(),
         common.ClearMetadataAndDocStringPass(),
     )(model)
-    forget(model)
+    forget(model, shapes=not fuse)
     store_transposed(model)
 
 
@@ -79,7 +84,7 @@ def _unread(model: ir.Model) -> Iterator[None]:
             value.const_value = tensor
 
 
-def forget(model: ir.Model) -> None:
+def forget(model: ir.Model, *, shapes: bool = True) -> None:
     """Drop the notes of the exporter, and the shapes of what lies between inputs and outputs.
 
     Where ONNX Runtime knows these shapes it fuses Add and LayerNormalization into its
@@ -87,7 +92,7 @@ def forget(model: ir.Model) -> None:
     """
     for value in model.graph.initializers.values():
         value.metadata_props.clear()
-    for node in model.graph:
+    for node in model.graph if shapes else ():
         for value in node.outputs:
             if not value.is_graph_output():
                 value.shape, value.type = None, None

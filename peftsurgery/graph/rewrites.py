@@ -13,15 +13,20 @@ from onnx_ir.passes.common import IdentityEliminationPass
 from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 from onnxscript.rewriter.rules import common
 
-from peftsurgery.graph import attention, masks
+from peftsurgery.graph import attention, fusions, masks
 from peftsurgery.graph.shapes import constant, known
 
 
-def apply(model: ir.Model) -> None:
-    """Rewrite what is idle, and then what is made of the rest; attention before masks may broadcast."""
+def apply(model: ir.Model, *, fuse: bool = False) -> None:
+    """Rewrite what is idle, and then what is made of the rest; attention before masks may broadcast.
+
+    Args:
+        fuse: norms and rotations too, into operators that stand for many.
+    """
     has_attention = model.graph.opset_imports[""] >= attention.OPSET
     fused = [attention.FUSED] if has_attention else []
-    for rules in (IDLE, masks.LOOKUPS, *fused, masks.BROADCASTS, FORMULAS):
+    larger = fusions.ALL if fuse else ()
+    for rules in (IDLE, masks.LOOKUPS, *fused, masks.BROADCASTS, *larger, FORMULAS):
         RewriteRuleSet(rules).apply_to_model(model)
         IdentityEliminationPass()(model)
 
