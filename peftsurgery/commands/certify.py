@@ -52,6 +52,7 @@ def certificate(
         "form": order.form,
         "dtype": str(coarsest(live)).removeprefix("torch."),
         "opset": order.opset,
+        "for": order.target,
         "portable": order.portable,
         "graphs": {name: {"sha256": file_sha256(file)} for name, file in graphs.items()},
         "weights": {name: _identity(file, order.hash) for name, file in weights.items()},

@@ -11,7 +11,7 @@ from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.by_reference import export_by_reference
 from peftsurgery.commands.copied import INLINE, export_copied
 from peftsurgery.commands.exporting import Order
-from peftsurgery.commands.placement import CUDA
+from peftsurgery.commands.placement import CPU, CUDA, opset_of
 from peftsurgery.commands.prefixed import BAKED, FILE
 from peftsurgery.commands.report import Report
 from peftsurgery.dtypes import dtype_named
@@ -33,7 +33,7 @@ def export_onnx(
     factored: bool = False,
     weight: Sequence[float] = (),
     task: str | None = None,
-    opset: int = 20,
+    opset: int | None = None,
     verify: bool = True,
     tolerance: float | None = None,
     reading: Reading = AS_PEFT,
@@ -42,6 +42,7 @@ def export_onnx(
     dtype: str | None = None,
     portable: bool = False,
     check_placement: str | None = None,
+    target: str = CPU,
     hash: bool = False,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -69,6 +70,8 @@ def export_onnx(
             own tokens alone, or a `file`, `prefix.safetensors`, that a session feeds to the graph of the base.
         dtype: `float32`, `float16` or `bfloat16`, of weights, keys, values and logits; the model's own by default.
         portable: use operators of ONNX alone, and none of ONNX Runtime's own.
+        opset: of the ONNX operators; by default 20, and 24 for CUDA.
+        target: what the graph is for: `cpu`, or `cuda`, with larger operators in the place of many.
         check_placement: `cuda` looks up, without a GPU, whether every node that computes has a kernel there.
         hash: let the certificate know the weight files by the SHA-256 of every byte, not only by size and header.
 
@@ -80,9 +83,19 @@ def export_onnx(
         AdapterError, FoldError, CheckpointError, PlanError.
     """
     given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
-    said = factored, task, opset, verify, tolerance, reading, trust_remote_code, prefix, weights
-    known = hash, _sources(adapters, weight)
-    order = Order(model, given, Path(out), *said, dtype_named(dtype), portable, check_placement, *known)
+    said = (
+        factored,
+        task,
+        opset_of(target, opset),
+        verify,
+        tolerance,
+        reading,
+        trust_remote_code,
+        prefix,
+        weights,
+    )
+    known = check_placement, target, hash, _sources(adapters, weight)
+    order = Order(model, given, Path(out), *said, dtype_named(dtype), portable, *known)
     _check_words(order)
     return _export(order, listen)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from peftsurgery.adapter import Adapter
 from peftsurgery.commands.companions import carry, merged_config
 from peftsurgery.commands.operating import operated, stays
-from peftsurgery.commands.placement import placement
+from peftsurgery.commands.placement import CUDA, fused, placement
 from peftsurgery.commands.prefixed import computed, generates, plain
 from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.adapter_files import put
@@ -57,6 +57,7 @@ class Order:
     dtype: torch.dtype | None
     portable: bool
     check_placement: str | None
+    target: str
     hash: bool
     sources: tuple[tuple[str | Path | None, float], ...]
 
@@ -121,9 +122,8 @@ def traced(live: nn.Module, order: Order, held: Mapping[str, Held] | None = None
         tables, tokens = soft.named(live)
         names, said = partial(canonical_name, live), bare.signature
         tabled = [names(table) for table in tables]
-        words = partial(
-            trace, opset=order.opset, tables=tabled, tokens=tokens, held=held, portable=order.portable
-        )
+        words = partial(trace, opset=order.opset, tables=tabled, tokens=tokens, held=held)
+        words = partial(words, portable=order.portable, fuse=order.target == CUDA)
         if said.task != SEQ2SEQ:
             graphs = {
                 seq2seq.SINGLE: words(live, said, names=names, prefix=bare.prefix, watch=layers.of(live))
@@ -133,7 +133,7 @@ def traced(live: nn.Module, order: Order, held: Mapping[str, Held] | None = None
             parts = seq2seq.halves(live, said, soft.cached(live))
             words = partial(words, names=inside, run=seq2seq.run)
             graphs = {p.file: words(p.module, p.signature, watch=layers.of(live, p.part)) for p in parts}
-        facts = placement(graphs) if order.check_placement else {}
+        facts = {**fused(graphs), **(placement(graphs) if order.check_placement else {})}
         return Traced(graphs, said, bare.prefix, bare.apart, facts)
 
 

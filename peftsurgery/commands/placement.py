@@ -1,19 +1,47 @@
-"""export-onnx --check-placement: would every node that computes run on the GPU?"""
+"""export-onnx --for, --check-placement: graphs for a device, and would every node that computes run on it?"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peftsurgery.commands.report import Report
-from peftsurgery.errors import PlacementError
+from peftsurgery.errors import PlacementError, PlanError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
     from peftsurgery.graph.placement import Placement
 
-CUDA = "cuda"
+CPU, CUDA = "cpu", "cuda"
+OPSETS = {CPU: 20, CUDA: 24}
+"""What a graph for a device is written in: what most runtimes run; the first whose larger operators CUDA runs."""
+
+
+def opset_of(target: str, opset: int | None) -> int:
+    """The opset of a graph for a device.
+
+    Raises:
+        PlanError: there is no such device, or the opset lacks its operators.
+    """
+    if target not in OPSETS:
+        raise PlanError(f"target is {target!r} and is {CPU!r} or {CUDA!r}. Nothing was written.")
+    if opset is not None and target == CUDA and opset < OPSETS[CUDA]:
+        raise PlanError(
+            f"Opset {opset} lacks the Attention that CUDA runs. Leave out `--opset`, or name {OPSETS[CUDA]}; nothing "
+            "was written."
+        )
+    return OPSETS[target] if opset is None else opset
+
+
+def fused(graphs: Mapping[str, ir.Model]) -> dict[str, Any]:
+    """What a report says of the operators that stand for many."""
+    from peftsurgery.graph.fusions import counts
+
+    found = {name: counts(graph) for name, graph in graphs.items()}
+    total: Counter[str] = sum((Counter(one) for one in found.values()), Counter())
+    return {"fused": ", ".join(f"{count} {op}" for op, count in total.items()), "operators": found}
 
 
 def placement(graphs: Mapping[str, ir.Model]) -> dict[str, Any]:

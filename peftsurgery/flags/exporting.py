@@ -31,7 +31,15 @@ export_options = together(
         type=click.Choice(["cuda"]),
         help="Look up whether every node that computes has a kernel there; no GPU is needed.",
     ),
-    click.option("--opset", type=int, default=20, show_default=True, help="ONNX opset."),
+    click.option(
+        "--for",
+        "target",
+        type=click.Choice(["cpu", "cuda"]),
+        default="cpu",
+        show_default=True,
+        help="What the graph is for: cuda has larger operators in the place of many.",
+    ),
+    click.option("--opset", type=int, help="ONNX opset; by default 20, and 24 for CUDA."),
     click.option(
         "--no-verify",
         "verify",

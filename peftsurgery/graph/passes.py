@@ -31,7 +31,6 @@ def lean(
         bake: what evaluates virtual tokens, once shapes are folded and before anything is forgotten.
         fuse: let larger operators stand for many, and ONNX Runtime see the shapes that it fuses the rest by.
     """
-    import onnx_ir as ir
     from onnx_ir.passes import common
     from onnxscript import optimizer
 
@@ -56,6 +55,16 @@ def lean(
         bake(model)
     with _unread(model):
         rewrites.apply(model, fuse=fuse)
+    _sweep(model)
+    forget(model, shapes=not fuse)
+    store_transposed(model)
+
+
+def _sweep(model: ir.Model) -> None:
+    """Drop what is said twice, and what nobody reads."""
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
     ir.passes.Sequential(
         common.IdentityEliminationPass(),
         common.CommonSubexpressionEliminationPass(),
@@ -64,8 +73,6 @@ def lean(
         common.RemoveUnusedOpsetsPass(),
         common.ClearMetadataAndDocStringPass(),
     )(model)
-    forget(model, shapes=not fuse)
-    store_transposed(model)
 
 
 @contextmanager
