@@ -13,7 +13,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule
 from onnxscript.rewriter.pattern import MatchResult
-from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_rules
+from onnxscript.rewriter.rules.fusion._rms_normalization import RmsNormFusion
 from onnxscript.rewriter.rules.fusion._rotary_embedding import (
     PartialRotaryEmbedding23Fusion,
     RotaryEmbedding23Fusion,
@@ -21,6 +21,15 @@ from onnxscript.rewriter.rules.fusion._rotary_embedding import (
 
 STANDING = ("Attention", "RMSNormalization", "RotaryEmbedding", "LayerNormalization", "Gelu")
 """The operators that stand for many."""
+
+
+class _Norm(RmsNormFusion):
+    """onnxscript's, where input and weight have one dtype: not every kernel has two."""
+
+    def check(self, *given: Any, **values: Any) -> Any:
+        if values["x"].dtype != values["scale"].dtype:
+            return MatchResult().fail("The weight has another dtype than the input.")
+        return super().check(*given, **values)
 
 
 class _Rotary(RotaryEmbedding23Fusion):
@@ -33,9 +42,37 @@ class _Rotary(RotaryEmbedding23Fusion):
         return super().check(*given, **values)
 
 
+class _NarrowRotary(_Rotary):
+    """The same of a half, whose angles' cosines and sines are rounded to it."""
+
+    def pattern(
+        self,
+        op: Any,
+        x: Any,
+        freqs: Any,
+        start1: Any,
+        end1: Any,
+        start2: Any,
+        end2: Any,
+        one1: Any,
+        one2: Any,
+        to: Any,
+    ) -> Any:
+        angles = op.Concat(freqs, freqs, axis=-1)
+        cos = op.Unsqueeze(op.Cast(op.Cos(angles), to=to), one1)
+        sin = op.Unsqueeze(op.Cast(op.Sin(angles), to=to), one2)
+        left, right = op.Slice(x, start1, end1, [3], [1]), op.Slice(x, start2, end2, [3], [1])
+        return x * cos + op.Concat(op.Neg(right), left, axis=-1) * sin
+
+    def rewrite(self, op: Any, x: Any, freqs: Any, **words: Any) -> Any:
+        to = words["to"]
+        cos, sin = (op.Cast(of(freqs), to=to.as_int()) for of in (op.Cos, op.Sin))
+        return op.RotaryEmbedding(x, cos, sin, interleaved=0, num_heads=x.shape[1])
+
+
 ALL: Sequence[Sequence[RewriteRule]] = (
-    rms_normalization_rules,
-    [_Rotary.rule()],  # type: ignore[no-untyped-call]
+    [_Norm.rule(f"norm {order}", mul_order=order) for order in (True, False)],  # type: ignore[no-untyped-call]
+    [_Rotary.rule(), _NarrowRotary.rule()],  # type: ignore[no-untyped-call]
     [PartialRotaryEmbedding23Fusion.rule()],
 )
 """The rules, in their order: a rotation of a part is seen after that of the whole part."""

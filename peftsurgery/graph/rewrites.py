@@ -16,6 +16,8 @@ from onnxscript.rewriter.rules import common
 from peftsurgery.graph import attention, fusions, masks
 from peftsurgery.graph.shapes import constant, known
 
+HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
 
 def apply(model: ir.Model, *, fuse: bool = False) -> None:
     """Rewrite what is idle, and then what is made of the rest; attention before masks may broadcast.
@@ -42,6 +44,15 @@ def expand(op: Any, x: Any, shape: Any) -> Any:
 
 def expands_nothing(_: Any, x: ir.Value, wide: ir.Value, **__: Any) -> bool:
     return known(x) is not None and known(x) == known(wide)
+
+
+def there_and_back(op: Any, x: Any, wide: Any, own: Any) -> Any:
+    """Cast(Cast(x, a wider dtype), the dtype of x) = x: what the exporter makes of a softmax in float32 of a half."""
+    return op.Cast(op.Cast(x, to=wide), to=own)
+
+
+def is_wider(_: Any, x: ir.Value, wide: ir.Attr, own: ir.Attr, **__: Any) -> bool:
+    return x.dtype in HALVES and wide.as_int() == ir.DataType.FLOAT and own.as_int() == x.dtype
 
 
 def both(op: Any, truth: Any, x: Any) -> Any:
@@ -103,9 +114,7 @@ def is_halved(_: Any, x: ir.Value, lower: ir.Value, upper: ir.Value, **__: Any) 
 def signed_sines(op: Any, x: ir.Value, sin: ir.Value, **_: Any) -> Any:
     half = _width(x) // 2
     lower, upper = op.Split(x, op.Constant(value_ints=[half, half]), axis=-1, _outputs=2)
-    signs = op.Constant(value_floats=[-1.0] * half + [1.0] * half)
-    if sin.dtype != ir.DataType.FLOAT:
-        signs = op.CastLike(signs, sin)
+    signs = op.Constant(value=ir.tensor([-1.0] * half + [1.0] * half, dtype=sin.dtype or ir.DataType.FLOAT))
     return op.Mul(op.Concat(upper, lower, axis=-1), op.Mul(sin, signs))
 
 
@@ -137,6 +146,7 @@ IDLE = (
     *common.mul_by_1_rule.commute(),
     common.squeeze_reshape_1d_rule,
     RewriteRule(expand, itself, expands_nothing),
+    RewriteRule(there_and_back, itself, is_wider),
     *RewriteRule(both, itself, is_true).commute(),
 )
 """What gives back what it was given."""
