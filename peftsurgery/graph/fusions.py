@@ -45,7 +45,7 @@ class _Rotary(RotaryEmbedding23Fusion):
 class _NarrowRotary(_Rotary):
     """The same of a half, whose angles' cosines and sines are rounded to it."""
 
-    def pattern(
+    def pattern(  # type: ignore[override]
         self,
         op: Any,
         x: Any,
