@@ -19,6 +19,7 @@ import torch
 
 from peftsurgery.disk.checkpoint import Checkpoint
 from peftsurgery.disk.durable import discard
+from peftsurgery.disk.identity import stamp
 from peftsurgery.disk.parts import cut, file_names
 from peftsurgery.disk.pieces import Piece
 from peftsurgery.disk.shard import Shard, Stored, read_shard
@@ -156,8 +157,7 @@ def _read_only(mode: int | None) -> int:
 def _told(piece: Piece) -> list[object]:
     """What a tensor of the base is known by; another base in the same place has another inode or time."""
     assert isinstance(piece.origin, Stored)
-    at = piece.origin.file.stat()
-    return [piece.name, str(piece.dtype), at.st_ino, at.st_size, at.st_mtime_ns, piece.origin.start]
+    return [piece.name, str(piece.dtype), *stamp(piece.origin.file), piece.origin.start]
 
 
 def _is_there(file: Path, pieces: Sequence[Piece]) -> bool:
