@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftsurgery.errors import MismatchedTensors, NonFiniteWeight, UnclaimedSites, listing, nearest
+from peftsurgery.lazy import outlined
 from peftsurgery.method import Method, Params, TokenMethod
 from peftsurgery.planning import Plan, Step
 from peftsurgery.reading import AS_PEFT, Reading
@@ -51,6 +52,10 @@ class Adapter:
         yield from self.shared.items()
         yield from self.replaced.items()
 
+    def held(self) -> Adapter:
+        """The adapter with every tensor in memory."""
+        return replace(self, params={site: dict(params) for site, params in self.params.items()})
+
     @property
     def num_parameters(self) -> int:
         """How many numbers it holds."""
@@ -89,7 +94,10 @@ def fingerprint(*adapters: Adapter) -> str:
     found = hashlib.sha256()
     for adapter in adapters:
         found.update(repr(sorted(map(repr, adapter.plan.steps))).encode())
-        for name, tensor in sorted(adapter.tensors(), key=lambda pair: pair[0]):
+        homes = {f"{site}.{name}": (held, name) for site, held in adapter.params.items() for name in held}
+        homes |= {name: (held, name) for held in (adapter.shared, adapter.replaced) for name in held}
+        for name, (held, word) in sorted(homes.items()):
+            tensor = held[word]
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
@@ -247,10 +255,11 @@ def _check_params(prefix: str, taker: str, announced: Mapping[str, tuple[int, ..
             missing=[f"{prefix}{name}" for name in missing],
             unexpected=[f"{prefix}{name}" for name in unexpected],
         )
+    known = outlined(params)
     for name, shape in announced.items():
-        if tuple(params[name].shape) != shape:
+        if tuple(known[name].shape) != shape:
             raise MismatchedTensors(
-                f"{prefix + name!r} has shape {tuple(params[name].shape)}, and {taker} takes {shape}. "
+                f"{prefix + name!r} has shape {tuple(known[name].shape)}, and {taker} takes {shape}. "
                 "The adapter was trained on another base; nothing was changed.",
                 unexpected=[f"{prefix}{name}"],
             )

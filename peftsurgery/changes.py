@@ -20,6 +20,9 @@ class Change(Protocol):
     def cut(self, rows: slice) -> Self | None:
         """The same change to these stored rows alone; None where it needs the whole tensor."""
 
+    def held(self) -> Self:
+        """The same change with what it needs in memory."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WeightChange:
@@ -39,6 +42,9 @@ class WeightChange:
         part = self.method.part(self.params, *block)
         return None if part is None else replace(self, params=part)
 
+    def held(self) -> Self:
+        return replace(self, params=dict(self.params))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BiasChange:
@@ -53,6 +59,9 @@ class BiasChange:
     def cut(self, rows: slice) -> Self | None:
         return None
 
+    def held(self) -> Self:
+        return replace(self, params=dict(self.params))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replacement:
@@ -65,3 +74,6 @@ class Replacement:
 
     def cut(self, rows: slice) -> Self | None:
         return replace(self, value=self.value[rows]) if self.value.ndim else None
+
+    def held(self) -> Self:
+        return self

@@ -156,6 +156,7 @@ def _fold(
     pool: Executor,
 ) -> Tensor:
     where = torch.device(device or tensor.device)
+    changes = [change.held() for change in changes]
     result = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
     grid = tiles(changes, tensor.shape, where)
 

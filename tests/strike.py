@@ -65,7 +65,7 @@ def _half(write: Callable[..., int], descriptor: int, data: Any, start: int) -> 
 
 def struck(work: Callable[[], object], at: int, how: str, calls: tuple[str, ...] = CHANGES) -> int:
     """What became of the work, done in a child that is struck: `UNREACHED`, or something else."""
-    _wait_for_threads()
+    wait_for_threads()
     child = os.fork()
     if child == 0:
         code = 1
@@ -78,7 +78,7 @@ def struck(work: Callable[[], object], at: int, how: str, calls: tuple[str, ...]
     return os.waitpid(child, 0)[1]
 
 
-def _wait_for_threads() -> None:
+def wait_for_threads() -> None:
     """Until threads that have ended are gone: a fork in their last moment leaves locks of libraries shut."""
     tasks = Path("/proc/self/task")
     while tasks.is_dir() and len(list(tasks.iterdir())) > threading.active_count():

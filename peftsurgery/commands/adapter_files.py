@@ -30,6 +30,11 @@ def load_adapter(path: str | Path, *, name: str | None = None, allow_pickle: boo
     Raises:
         UnknownMethod, MismatchedTensors, NonFiniteWeight, UntrustedPickle, AdapterError.
     """
+    return _read(path, name, allow_pickle).held()
+
+
+def _read(path: str | Path, name: str | None, allow_pickle: bool) -> Adapter:
+    """The adapter; what is folded tensor by tensor stays in its file until it is needed."""
     found = locate(path)
     if adapterhub.is_here(found):
         return adapterhub.read(found, METHODS, name=name, allow_pickle=allow_pickle)
@@ -92,7 +97,7 @@ class Given:
 
 
 def given(adapters: Adapters, weight: Sequence[float] = (), *, allow_pickle: bool = False) -> list[Given]:
-    """Adapters in whatever form they were given, loaded.
+    """Adapters in whatever form they were given; what is folded tensor by tensor stays in its file until then.
 
     Raises:
         PlanError: there are more weights than adapters, or none of the latter.
@@ -110,14 +115,14 @@ def given(adapters: Adapters, weight: Sequence[float] = (), *, allow_pickle: boo
 
 
 def gather(adapters: Adapters, weight: Sequence[float] = (), *, allow_pickle: bool = False) -> list[Adapter]:
-    """Adapters in whatever form they were given, loaded and scaled; see `given`."""
-    return [one.scaled for one in given(adapters, weight, allow_pickle=allow_pickle)]
+    """Adapters in whatever form they were given, in memory and scaled; see `given`."""
+    return [one.scaled.held() for one in given(adapters, weight, allow_pickle=allow_pickle)]
 
 
 def _loaded(one: Adapter | str | Path, allow_pickle: bool) -> Adapter:
     if isinstance(one, Adapter):
         return one
-    adapter = load_adapter(one, allow_pickle=allow_pickle)
+    adapter = _read(one, None, allow_pickle)
     return adapter if adapterhub.is_here(locate(one)) else replace(adapter, name=adapter_name(one))
 
 

@@ -29,12 +29,14 @@ class Inputs:
 
     Args:
         base: for every weight file of the base its stamp.
+        tuned: for every weight file of the adapters theirs.
         fingerprints: of the adapters, before they were scaled.
     """
 
     checkpoint: Checkpoint
     given: tuple[Given, ...]
     base: Mapping[Path, Stamp]
+    tuned: Mapping[Path, Stamp]
     fingerprints: tuple[str, ...]
 
     def identities(self, *, full: bool = False) -> dict[str, Identity]:
@@ -47,8 +49,8 @@ class Inputs:
         return {file.relative_to(root).as_posix(): known(file, full=full) for file in self.base}
 
     def check_unchanged(self) -> None:
-        """Raise a CheckpointError for a base that was written to since."""
-        for file, before in self.base.items():
+        """Raise a CheckpointError for a base or an adapter that was written to since."""
+        for file, before in {**self.base, **self.tuned}.items():
             if stamp(file) != before:
                 raise CheckpointError(
                     f"{file} changed while it was being merged. Wait until nothing writes to it and run again; "
@@ -71,6 +73,7 @@ def inputs(checkpoint: Checkpoint, given: Sequence[Given]) -> Inputs:
         checkpoint,
         tuple(given),
         {shard.file: stamp(shard.file) for shard in checkpoint.shards},
+        {file: stamp(file) for one in given for file in _files(one)},
         tuple(fingerprint(one.adapter) for one in given),
     )
 
@@ -110,16 +113,19 @@ def vanished(tallies: Mapping[str, Tally]) -> list[str]:
     return [name for name, tally in tallies.items() if tally.vanished]
 
 
+def _files(one: Given) -> list[Path]:
+    return sorted(one.path.glob("*.safetensors")) if one.path is not None else []
+
+
 def _said(one: Given, mark: str, full: bool) -> dict[str, Any]:
     adapter = one.adapter
-    files = sorted(one.path.glob("*.safetensors")) if one.path is not None else []
     return {
         "name": adapter.name,
         "weight": one.weight,
         "methods": sorted({repr(step.method) for step in adapter.plan.steps}),
         "base": adapter.base,
         "fingerprint": mark,
-        "files": {file.name: known(file, full=full).to_dict() for file in files},
+        "files": {file.name: known(file, full=full).to_dict() for file in _files(one)},
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.disk.pieces import Piece
-from peftsurgery.disk.shard import load, read_shard
+from peftsurgery.disk.shard import fetch, read_shard
 from peftsurgery.disk.writer import ShardTask, write_shard
 from peftsurgery.errors import AdapterError, TruncatedShard, UntrustedPickle
+from peftsurgery.lazy import Kept, Lazy
 
 
 def json_object(file: Path) -> Mapping[str, object]:
@@ -32,7 +34,7 @@ def json_object(file: Path) -> Mapping[str, object]:
     return raw
 
 
-def tensors(path: Path, safe: str, pickled: str, allow_pickle: bool) -> dict[str, Tensor]:
+def tensors(path: Path, safe: str, pickled: str, allow_pickle: bool) -> Mapping[str, Tensor]:
     """The tensors of a directory, from its safetensors file or, where that was asked for, from its pickle.
 
     Args:
@@ -55,9 +57,9 @@ def tensors(path: Path, safe: str, pickled: str, allow_pickle: bool) -> dict[str
     )
 
 
-def safetensors(file: Path) -> dict[str, Tensor]:
-    """Copies of the tensors in a file."""
-    return {stored.name: load(stored).clone() for stored in read_shard(file).tensors}
+def safetensors(file: Path) -> Lazy:
+    """The tensors in a file, each read when it is asked for."""
+    return Lazy({s.name: Kept(s.shape, s.torch_dtype, partial(fetch, s)) for s in read_shard(file).tensors})
 
 
 def put(file: Path, tensors: Sequence[tuple[str, Tensor]]) -> None:

@@ -98,5 +98,5 @@ def _json(path: Path) -> Mapping[str, object]:
     return json_object(path / CONFIG)
 
 
-def _encoder(path: Path) -> dict[str, Tensor] | None:
+def _encoder(path: Path) -> Mapping[str, Tensor] | None:
     return safetensors(path / ENCODER) if (path / ENCODER).exists() else None

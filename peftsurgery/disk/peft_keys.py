@@ -13,6 +13,7 @@ from peftsurgery.adapter import Adapter
 from peftsurgery.disk.peft_config import Config
 from peftsurgery.disk.peft_sites import natural, probes, site_of
 from peftsurgery.errors import MismatchedTensors, listing, nearest
+from peftsurgery.lazy import outlined, renamed
 from peftsurgery.method import Method
 from peftsurgery.planning import Plan, Step, by_pattern
 from peftsurgery.select import chosen, key_matches
@@ -32,25 +33,31 @@ def understood(config: Config, tensors: Mapping[str, Tensor], name: str) -> Adap
         MismatchedTensors: tensors are missing, unexpected or not selected by the configuration's words.
         PlanError: a pattern or a value that means nothing.
     """
-    check_numbers(tensors)
-    params, rest = _divided(tensors, config.method)
+    known = outlined(tensors)
+    check_numbers(known)
+    params, rest = _divided(known, config.method)
     sites = [
         site_of(site, config.method, config.layout, params[site]) for site in sorted(params, key=natural)
     ]
-    whole = {key: tensor for key, tensor in rest.items() if _is_announced(key, config, params)}
-    _check_keys(sites, config.method, tensors, whole)
+    whole = {key: tensors[key] for key in rest if _is_announced(key, config, params)}
+    _check_keys(sites, config.method, known, whole)
     hits = _hits(sites, config)
     names = [site.name for site in sites]
     refine = by_pattern(sites, **{field: _used(keys, names) for field, keys in config.patterns.items()})
     steps = tuple(Step(site, refine(site, config.method)) for site in sites)
     return Adapter(
         Plan(steps, config.query, config.modules_to_save, config.bias, hits),
-        {site.name: {word: params[site.name][word] for word in config.method.shapes(site)} for site in sites},
+        {site.name: renamed(tensors, _keys(site, config.method)) for site in sites},
         name,
         replaced=replaced(whole, name),
         task_type=config.task_type,
         base=config.base,
     )
+
+
+def _keys(site: Site, method: Method) -> dict[str, str]:
+    """The method's parameters at a site → their keys."""
+    return {word: f"{PREFIX}{site.name}.{word}" for word in method.shapes(site)}
 
 
 def keyed(adapter: Adapter) -> list[tuple[str, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -133,13 +134,11 @@ def make(
     if not piece.changes:
         out.copy_(base)
         return Tally()
-    found, first = Tally(), block.rows.start
+    found, first, changes = Tally(), block.rows.start, HELD.of(piece)
     for number, rows in enumerate(block.tiles, block.first):
         measured = bool(measure) and number % measure == 0
         here = slice(rows.start - first, rows.stop - first) if piece.shape else ...
-        found += fold_tile(
-            piece.name, piece.changes, base[here], rows, out[here], device=device, measure=measured
-        )
+        found += fold_tile(piece.name, changes, base[here], rows, out[here], device=device, measure=measured)
     return found
 
 
@@ -151,6 +150,33 @@ def whole(piece: Piece) -> Tensor:
     made = torch.empty(piece.shape, dtype=piece.dtype)
     make(piece, Block(tiles(piece.changes, piece.shape)), base, made)
     return made
+
+
+class Held:
+    """What the changes of the pieces that threads are at need, in memory; that of earlier ones is let go."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._recent: dict[Piece, tuple[Change, ...]] = {}
+
+    def of(self, piece: Piece) -> tuple[Change, ...]:
+        """The changes of this piece."""
+        with self._lock:
+            if piece not in self._recent:
+                while len(self._recent) >= RECENT:
+                    del self._recent[next(iter(self._recent))]
+                self._recent[piece] = tuple(change.held() for change in piece.changes)
+            return self._recent[piece]
+
+    def clear(self) -> None:
+        """Let everything go."""
+        with self._lock:
+            self._recent.clear()
+
+
+RECENT = 3
+"""Pieces that several threads are at, at the border of one and the next; large ones have many blocks."""
+HELD = Held()
 
 
 def span(piece: Piece, rows: slice) -> tuple[int, int]:

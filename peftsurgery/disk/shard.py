@@ -126,6 +126,18 @@ def load(stored: Stored) -> Tensor:
     return aligned.view(dtype).reshape(stored.shape)
 
 
+def fetch(stored: Stored) -> Tensor:
+    """The tensor, read into memory of its own.
+
+    Raises:
+        TruncatedShard: the file has shrunk or gone since its header was read.
+        DiskError: the disk does not give it.
+    """
+    room = torch.empty(stored.shape, dtype=stored.torch_dtype)
+    read_into(stored.file, stored.start, room.view(-1).view(torch.uint8).numpy().data)
+    return room
+
+
 def read_into(file: Path, start: int, room: memoryview) -> None:
     """Fill `room` with the bytes of `file` from `start` on.
 

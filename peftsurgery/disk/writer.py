@@ -15,7 +15,7 @@ import torch
 from peftsurgery.disk.durable import discard, link, writing
 from peftsurgery.disk.jobs import Make, Move, Ran, jobs, summed
 from peftsurgery.disk.output import Output, output, put, reserve, sharing
-from peftsurgery.disk.pieces import BLOCK, Piece
+from peftsurgery.disk.pieces import BLOCK, HELD, Piece
 from peftsurgery.disk.rooms import PAGE, ROOMS
 from peftsurgery.disk.shard import DTYPES, PREFIX, read_into, read_shard
 from peftsurgery.errors import CheckpointError
@@ -107,6 +107,7 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
                 tallies[job.piece.name] += found.tally
             _tell(events, job.start + job.nbytes, listen)
         _tell(events, size, listen)
+    HELD.clear()
     whole = {
         piece.name: tallies[piece.name].of(piece.numel) for piece in task.pieces if piece.name in tallies
     }

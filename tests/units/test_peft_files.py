@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peftsurgery.adapter import Adapter
+from peftsurgery import load_adapter
+from peftsurgery.adapter import Adapter, fingerprint
 from peftsurgery.disk import peft as files
 from peftsurgery.errors import (
     AdapterError,
@@ -23,6 +24,7 @@ from peftsurgery.errors import (
     UnknownMethod,
     UntrustedPickle,
 )
+from peftsurgery.lazy import Lazy
 from peftsurgery.methods import METHODS
 from peftsurgery.site import Kind
 
@@ -252,7 +254,7 @@ def test_a_directory_that_is_no_adapters_says_what_one_holds(tmp_path: Path, dir
 
 
 def test_a_pickle_is_read_only_when_asked_for(directory: Path) -> None:
-    expected = read(directory)
+    expected = read(directory).held()  # what lies in the file is read when it is needed
     torch.save(load_file(directory / files.TENSORS), directory / files.PICKLE)
     assert read(directory, allow_pickle=True) == expected
     (directory / files.TENSORS).unlink()
@@ -289,9 +291,21 @@ def test_a_truncated_pickle_is_refused(directory: Path) -> None:
         read(directory, allow_pickle=True)
 
 
-def test_what_was_read_does_not_hang_on_the_file(directory: Path) -> None:
-    adapter = read(directory)
+def test_what_was_loaded_does_not_hang_on_the_file(directory: Path) -> None:
+    adapter = load_adapter(directory)
     before = {name: tensor.clone() for name, tensor in adapter.tensors()}
     with (directory / files.TENSORS).open("r+b") as file:
         file.truncate(0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter.tensors())
+
+
+def test_what_is_folded_stays_in_its_file_until_it_is_needed(directory: Path) -> None:
+    expected, adapter = read(directory).held(), read(directory)
+    for site, params in adapter.params.items():
+        assert isinstance(params, Lazy)
+        assert params["lora_A.weight"] is not params["lora_A.weight"], "it is read again, and held by nobody"
+        assert torch.equal(params["lora_A.weight"], expected.params[site]["lora_A.weight"])
+    assert fingerprint(adapter) == fingerprint(expected)
+    (directory / files.TENSORS).write_bytes(b"")
+    with pytest.raises(TruncatedShard, match="changed while it was being read"):
+        fingerprint(adapter)
