@@ -33,6 +33,7 @@ _HOMES = {
     "activate": "live.active",
     "adapters": "live.active",
     "bake": "commands.bake",
+    "bench": "commands.bench",
     "convert": "commands.convert",
     "export_onnx": "commands.export_onnx",
     "folded": "fold",
@@ -76,6 +77,7 @@ __all__ = [
     "activate",
     "adapters",
     "bake",
+    "bench",
     "convert",
     "export_onnx",
     "folded",
@@ -100,6 +102,7 @@ if TYPE_CHECKING:
     from peftsurgery.adapter import Adapter, scale
     from peftsurgery.commands.adapter_files import load_adapter, save_adapter
     from peftsurgery.commands.bake import bake
+    from peftsurgery.commands.bench import bench
     from peftsurgery.commands.convert import convert
     from peftsurgery.commands.export_onnx import export_onnx
     from peftsurgery.commands.generate import generate

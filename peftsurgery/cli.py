@@ -10,6 +10,7 @@ import click
 
 from peftsurgery import __version__
 from peftsurgery.errors import FleetError, ParityError, PlacementError, SurgeryError
+from peftsurgery.flags.benching import benching_options
 from peftsurgery.flags.chosen import chosen_method, chosen_reading
 from peftsurgery.flags.common import reading_options, report_options, trust_options
 from peftsurgery.flags.comparing import comparing_options
@@ -254,3 +255,16 @@ def verify_command(**options: Any) -> None:
 
     flags, said = shown(options), chosen_reading(options)
     run(flags, lambda listen: verify(listen=listen, reading=said(), **options), bad_input=EXIT_USAGE)
+
+
+@main.command("bench")
+@click.argument("model", metavar="ONNX_DIR")
+@benching_options
+@trust_options
+@report_options
+def bench_command(**options: Any) -> None:
+    """Time an export, beside its model in torch and the graph of torch's own exporter, in turns."""
+    from peftsurgery.commands.bench import bench
+
+    flags = shown(options)
+    run(flags, lambda listen: bench(listen=listen, **options))

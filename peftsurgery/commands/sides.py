@@ -117,11 +117,12 @@ def opened_graph(model: str | Path) -> Side:
 
     files = graphs_of(model)
     session = opened(files)
-    said = session.signature(_config(files[0].parent))
+    said = session.signature(config_of(files[0].parent))
     return Side(str(model), session, said, _dtype(said), files[0].parent, files=files)
 
 
-def _config(directory: Path) -> Mapping[str, Any]:
+def config_of(directory: Path) -> Mapping[str, Any]:
+    """What the `config.json` in a directory says; nothing where there is none."""
     file = directory / "config.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -62,6 +62,18 @@ def numbers(settings: Iterable[str]) -> dict[str, Any] | None:
     return {name: _value(text) for name, text in _pairs(settings)} or None
 
 
+def whole_numbers(said: str | Sequence[int], name: str) -> list[int]:
+    """`1,8` or numbers, each once, from the least on.
+
+    Raises:
+        PlanError: one of them is no whole number above 0.
+    """
+    words = said.split(",") if isinstance(said, str) else [str(number) for number in said]
+    if not words or not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+        raise PlanError(f"{name} is {said!r}. Name whole numbers above 0, as in `--{name} 1,8`.")
+    return sorted({int(word) for word in words})
+
+
 def _pairs(settings: Iterable[str]) -> Iterable[tuple[str, str]]:
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -77,4 +89,4 @@ def _value(text: str) -> Any:
         return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-__all__ = ["Reading", "config_named", "method_named", "numbers"]
+__all__ = ["Reading", "config_named", "method_named", "numbers", "whole_numbers"]

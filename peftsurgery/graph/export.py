@@ -96,7 +96,7 @@ def trace(
     """
     with layers.watched(watch or {}) as seen:
         flat = Flat(model, signature, prefix or {}, layers.telling(run, seen))
-        with evaluating(flat), eager(model), _quiet():
+        with evaluating(flat), eager(model), quiet():
             graph = _traced(flat, signature, opset)
     remembered = layers.take_off(graph, len(signature.outputs), [*seen])
     parameters = _rename(graph, model, names)
@@ -118,7 +118,7 @@ def trace(
 
 def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
     sample = _sample(flat)
-    free = tuple(_free(port) for port in signature.inputs)
+    free = tuple(free_axes(port) for port in signature.inputs)
     try:
         program = torch.onnx.export(
             flat,
@@ -140,7 +140,7 @@ def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
     return program.model
 
 
-def _free(port: Port) -> dict[int, Any]:
+def free_axes(port: Port) -> dict[int, Any]:
     """The axes of an input that may have any length."""
     return {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(port.axes) if isinstance(axis, str)}
 
@@ -206,7 +206,7 @@ def _record(graph: ir.Model, signature: Signature) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter's remarks are about torch's own future, and about libraries that nobody needs here."""
     logger = logging.getLogger("torch.onnx")
     level: Any = logger.level

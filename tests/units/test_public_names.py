@@ -45,6 +45,7 @@ def test_public_names() -> None:
             "activate",
             "adapters",
             "bake",
+            "bench",
             "convert",
             "export_onnx",
             "folded",
