@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftsurgery.adapter import check
+from peftsurgery.adapter import Adapter, check
 from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.contestants import OURS, Contestants, Course, Sessions, contestants, tried
 from peftsurgery.commands.operating import operated
@@ -93,17 +93,9 @@ def bench(
         UnsupportedModel, AdapterError, CheckpointError.
     """
     batches, lengths = whole_numbers(batch, "batch"), whole_numbers(length, "length")
-    if runs < 2 or new_tokens < 1 or threads < 0:
-        raise PlanError(
-            f"runs is {runs}, new_tokens {new_tokens} and threads {threads}. "
-            "Name 2 runs, 1 token and 0 threads, or more."
-        )
+    _check(runs, new_tokens, threads)
     check_plot(plot)
-    given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
-    if given and against is None:
-        raise PlanError(
-            "An adapter goes on the model of `--against`, and there is none. Name it, or leave it out."
-        )
+    given = _worn(adapters, weight, against, allow_pickle)
     settings = Sessions(providers, threads)
     ours, said = _opened(model, settings)
     fit, unfit = _fitting(said, lengths, new_tokens)
@@ -113,18 +105,43 @@ def bench(
     ):
         courses = [Course(said, rows, columns, new_tokens) for columns in fit for rows in batches]
         found, lost = _raced(field, courses, runs, listen)
-    facts = {
-        "model": str(model),
-        "against": _name(against),
-        "provider": ours.provider,
-        "threads": threads or "chosen by the libraries",
-        "runs": runs,
-        "left_out": [f"length {n}: no positions" for n in unfit]
-        + [f"{name}: {why}" for name, why in {**field.unable, **lost}.items()],
-    }
     if plot is not None:
         plot_bars(Path(plot), found, str(model))
-    return _report(facts, found)
+    facts = _facts(model, against, ours.provider, threads, runs)
+    return _report({**facts, "left_out": _left_out(unfit, {**field.unable, **lost})}, found)
+
+
+def _facts(
+    model: str | Path, against: nn.Module | str | Path | None, provider: str, threads: int, runs: int
+) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "against": _name(against),
+        "provider": provider,
+        "threads": threads or "chosen by the libraries",
+        "runs": runs,
+    }
+
+
+def _worn(adapters: Adapters, weight: Sequence[float], against: object, allow_pickle: bool) -> list[Adapter]:
+    given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
+    if given and against is None:
+        raise PlanError(
+            "An adapter goes on the model of `--against`, and there is none. Name it, or leave it out."
+        )
+    return given
+
+
+def _check(runs: int, new_tokens: int, threads: int) -> None:
+    if runs < 2 or new_tokens < 1 or threads < 0:
+        raise PlanError(
+            f"runs is {runs}, new_tokens {new_tokens} and threads {threads}. "
+            "Name 2 runs, 1 token and 0 threads, or more."
+        )
+
+
+def _left_out(lengths: Sequence[int], unable: Mapping[str, str]) -> list[str]:
+    return [f"length {n}: no positions" for n in lengths] + [f"{n}: {why}" for n, why in unable.items()]
 
 
 def _opened(model: str | Path, settings: Sessions) -> tuple[Any, Signature]:
