@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftsurgery.commands.assembled_weights import Part
-from peftsurgery.commands.certify import CERTIFICATE, certificate, made_before
+from peftsurgery.commands.certify import certificate, made_before
 from peftsurgery.commands.changed_weights import changed, written
 from peftsurgery.commands.exporting import (
     Order,
@@ -21,6 +21,7 @@ from peftsurgery.commands.exporting import (
 from peftsurgery.commands.lending import COPY, OWN, WRITTEN, Way, lent, told
 from peftsurgery.commands.operating import operated
 from peftsurgery.commands.prefixed import KEPT
+from peftsurgery.commands.provenance import PROVENANCE
 from peftsurgery.commands.report import Report, size
 from peftsurgery.commands.stored_weights import Base, base_of
 from peftsurgery.disk.durable import added, staged, write_json
@@ -86,7 +87,7 @@ def _apart(order: Order, base: Base, listen: Listener) -> Report:
         parity = _compared(order, made, files, listen)
         own = {name: directory / name for name, way in ways.items() if way.how == WRITTEN}
         graphs = dict(zip(made.graphs, files, strict=True))
-        write_json(directory / CERTIFICATE, certificate(order, base.model, parity, graphs, own))
+        write_json(directory / PROVENANCE, certificate(order, base.model, parity, graphs, own))
         new = [*files, *(directory / name for name, way in ways.items() if way.how in (COPY, WRITTEN))]
         more = _facts(made.graphs, ways)
         return report(base.model, order, sum(f.stat().st_size for f in new), made, parity, more)
@@ -98,13 +99,13 @@ def _beside(order: Order, base: Base, listen: Listener) -> Report:
     path, made = base.checkpoint.path, _traced(order, base, Path(), listen)
     _check_own(base, made.graphs)
     names, apart = [*made.graphs], [KEPT] if made.apart else []
-    with added(path, *names, *apart, CERTIFICATE) as (*rest, said):
+    with added(path, *names, *apart, PROVENANCE) as (*rest, said):
         files = _save(made.graphs, path, rest[: len(names)])
         for prefix in rest[len(names) :]:
             write_prefix(made, prefix)
         parity = _compared(order, made, files, listen)
         graphs = dict(zip(made.graphs, files, strict=True))
-        before = made_before(path / CERTIFICATE)
+        before = made_before(path / PROVENANCE)
         made_of = {"model": before} if before else {}
         write_json(said, {**certificate(order, base.model, parity, graphs, {}), **made_of})
         more = _facts(made.graphs, dict.fromkeys(_files(made.graphs), Way(OWN)))

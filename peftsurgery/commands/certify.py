@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from peftsurgery import __version__
+from peftsurgery.adapter import fingerprint
 from peftsurgery.commands.exporting import Order
+from peftsurgery.commands.provenance import adapter_words
 from peftsurgery.disk.checkpoint import open_checkpoint
-from peftsurgery.disk.identity import file_sha256, identify
+from peftsurgery.disk.identity import file_sha256, known
 from peftsurgery.disk.locate import locate
 from peftsurgery.errors import CheckpointError
 from peftsurgery.live.precision import coarsest
@@ -23,9 +25,7 @@ if TYPE_CHECKING:
 
     from peftsurgery.graph.parity import Parity
 
-CERTIFICATE = "peftsurgery.json"
 SAFETENSORS = ".safetensors"
-ADAPTER_FILES = ("*.safetensors", "*.json", "*.bin")
 
 
 def certificate(
@@ -41,14 +41,14 @@ def certificate(
         live: the model that was exported.
         graphs, weights: the files that were written, by the names that they have in the output.
     """
-    base, adapters = _base(order), [*_adapters(order)]
+    base = _base(order)
     _note(graphs.values(), order, base, parity)
     return {
         "peftsurgery": __version__,
         "verb": "export-onnx",
         "architecture": type(live).__name__,
         "base": base,
-        "adapters": adapters,
+        "adapters": [adapter_words(one, fingerprint(one.adapter), full=order.hash) for one in order.given],
         "form": order.form,
         "dtype": str(coarsest(live)).removeprefix("torch."),
         "opset": order.opset,
@@ -58,7 +58,7 @@ def certificate(
         "weights": {name: _identity(file, order.hash) for name, file in weights.items()},
         "versions": _versions(),
         "parity": None if parity is None else parity.to_dict(),
-        "not_verified": _unverified(order, parity, base, adapters),
+        "not_verified": _unverified(order, parity, base),
     }
 
 
@@ -73,21 +73,9 @@ def _base(order: Order) -> dict[str, Any]:
     return {"name": Path(order.model).name, "files": {**small, **large}}
 
 
-def _adapters(order: Order) -> Iterable[dict[str, Any]]:
-    for adapter, (path, weight) in zip(order.adapters, order.sources, strict=True):
-        files = [] if path is None else sorted(f for p in ADAPTER_FILES for f in locate(path).glob(p))
-        yield {
-            "name": adapter.name,
-            "methods": sorted({repr(step.method) for step in adapter.plan.steps}),
-            "base": adapter.base,
-            "weight": weight,
-            "files": {file.name: {"sha256": file_sha256(file)} for file in files},
-        }
-
-
 def _identity(file: Path, full: bool) -> dict[str, Any]:
     if file.suffix == SAFETENSORS:
-        return identify(file, full=full).to_dict()
+        return known(file, full=full).to_dict()
     whole = {"sha256": file_sha256(file)} if full else {}
     return {"size": file.stat().st_size, **whole}
 
@@ -101,19 +89,16 @@ def _versions() -> dict[str, str]:
     return {library.__name__: library.__version__ for library in libraries}
 
 
-def _unverified(
-    order: Order, parity: Parity | None, base: Mapping[str, Any], adapters: Sequence[Mapping[str, Any]]
-) -> list[str]:
+def _unverified(order: Order, parity: Parity | None, base: Mapping[str, Any]) -> list[str]:
     """What the certificate does not vouch for, and why."""
-    memory = [f"{a['name']}: it came from memory, without a file" for a in adapters if not a["files"]]
     said = [] if base["files"] else [f"{base['name']}: a live model has no file"]
     if parity is None:
         said.append("outputs: the comparison was left out")
     else:
         said.append(f"outputs elsewhere than on {parity.provider}, on padding, and of other lengths")
     if not order.hash:
-        said.append("values of weights: their files are known by size and header, and not by every byte")
-    return [*said, *memory]
+        said.append("values of weights: their files are known by size, header and samples, not by every byte")
+    return said
 
 
 def _note(graphs: Iterable[Path], order: Order, base: Mapping[str, Any], parity: Parity | None) -> None:

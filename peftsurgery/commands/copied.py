@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftsurgery.commands.certify import CERTIFICATE, certificate
+from peftsurgery.commands.certify import certificate
 from peftsurgery.commands.changed_weights import changed
 from peftsurgery.commands.exporting import (
     Order,
@@ -20,6 +20,7 @@ from peftsurgery.commands.exporting import (
 )
 from peftsurgery.commands.operating import operated
 from peftsurgery.commands.prefixed import KEPT
+from peftsurgery.commands.provenance import PROVENANCE
 from peftsurgery.commands.report import Report
 from peftsurgery.commands.stored_weights import base_of
 from peftsurgery.disk.durable import staged, write_json
@@ -58,7 +59,7 @@ def export_copied(order: Order, why: str, listen: Listener) -> Report:
         parity = _compared(order, model, away, made, directory)
         graphs = {name: directory / name for name in made.graphs}
         data = {file.name: file for file in files if file.name not in graphs}
-        write_json(directory / CERTIFICATE, certificate(order, model, parity, graphs, data))
+        write_json(directory / PROVENANCE, certificate(order, model, parity, graphs, data))
         nbytes = sum(file.stat().st_size for file in files)
         listen(Event("export", "done", 3, 3))
         return report(model, order, nbytes, made, parity, {"weights": _said(order, why)})

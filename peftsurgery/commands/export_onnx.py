@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftsurgery.adapter import Adapter, check
-from peftsurgery.commands.adapter_files import Adapters, gather
+from peftsurgery.adapter import check
+from peftsurgery.commands.adapter_files import Adapters, given
 from peftsurgery.commands.by_reference import export_by_reference
 from peftsurgery.commands.copied import INLINE, export_copied
 from peftsurgery.commands.exporting import Order
@@ -73,7 +73,7 @@ def export_onnx(
         opset: of the ONNX operators; by default 20, and 24 for CUDA.
         target: what the graph is for: `cpu`, or `cuda`, with larger operators in the place of many.
         check_placement: `cuda` looks up, without a GPU, whether every node that computes has a kernel there.
-        hash: let the certificate know the weight files by the SHA-256 of every byte, not only by size and header.
+        hash: let the certificate know weight files by the SHA-256 of every byte, not only by size, header, samples.
 
     Raises:
         UnsupportedModel: no export for this architecture or task.
@@ -82,7 +82,8 @@ def export_onnx(
         PlacementError: a node that computes would run on the CPU; nothing was written.
         AdapterError, FoldError, CheckpointError, PlanError.
     """
-    given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
+    taken = given(adapters, weight, allow_pickle=allow_pickle) if adapters else []
+    scaled = [check(one.scaled) for one in taken]
     said = (
         factored,
         task,
@@ -94,17 +95,10 @@ def export_onnx(
         prefix,
         weights,
     )
-    known = check_placement, target, hash, _sources(adapters, weight)
-    order = Order(model, given, Path(out), *said, dtype_named(dtype), portable, *known)
+    known = check_placement, target, hash, tuple(taken)
+    order = Order(model, scaled, Path(out), *said, dtype_named(dtype), portable, *known)
     _check_words(order)
     return _export(order, listen)
-
-
-def _sources(adapters: Adapters, weight: Sequence[float]) -> tuple[tuple[str | Path | None, float], ...]:
-    """Where each adapter came from, and its weight."""
-    listed = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
-    paths = [None if isinstance(one, Adapter) else one for one in listed]
-    return tuple(zip(paths, weight or [1.0] * len(paths), strict=True))
 
 
 def _check_words(order: Order) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peftsurgery.adapter import Adapter
+from peftsurgery.commands.adapter_files import Given
 from peftsurgery.commands.companions import carry, merged_config
 from peftsurgery.commands.operating import operated, stays
 from peftsurgery.commands.placement import CUDA, fused, placement
@@ -59,7 +60,7 @@ class Order:
     check_placement: str | None
     target: str
     hash: bool
-    sources: tuple[tuple[str | Path | None, float], ...]
+    given: tuple[Given, ...]
 
     @property
     def worn(self) -> Worn:

@@ -100,7 +100,8 @@ def provenance(
         "base": Path(model).name,
         "files": {name: one.to_dict() for name, one in source.identities(full=full).items()},
         "adapters": [
-            _said(one, mark, full) for one, mark in zip(source.given, source.fingerprints, strict=True)
+            adapter_words(one, mark, full=full)
+            for one, mark in zip(source.given, source.fingerprints, strict=True)
         ],
         "options": dict(options or {}),
         "folded": list(folded),
@@ -117,7 +118,8 @@ def _files(one: Given) -> list[Path]:
     return sorted(one.path.glob("*.safetensors")) if one.path is not None else []
 
 
-def _said(one: Given, mark: str, full: bool) -> dict[str, Any]:
+def adapter_words(one: Given, mark: str, *, full: bool = False) -> dict[str, Any]:
+    """What is said of an adapter, whose fingerprint is `mark`."""
     adapter = one.adapter
     return {
         "name": adapter.name,

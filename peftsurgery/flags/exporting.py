@@ -67,7 +67,7 @@ export_options = together(
     click.option(
         "--hash",
         is_flag=True,
-        help="Let the certificate know weight files by the SHA-256 of every byte, not only by size and header.",
+        help="Let the certificate know weight files by the SHA-256 of every byte.",
     ),
     click.option(
         "--prefix",

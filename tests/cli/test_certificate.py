@@ -12,6 +12,7 @@ from click.testing import Result
 from transformers import AutoModel
 
 import peftsurgery as ps
+from peftsurgery.adapter import fingerprint
 from peftsurgery.graph.session import Session
 from tests.cli.conftest import adapter_for, digest
 
@@ -57,8 +58,10 @@ def test_what_is_not_known_is_said(bert: Path, tmp_path: Path) -> None:
     said = json.loads((tmp_path / "onnx" / "peftsurgery.json").read_text())
     assert said["base"] == {"name": "BertModel", "files": {}} and said["parity"] is None
     assert said["weights"].keys() == {"model.onnx.data"}
+    (one,) = said["adapters"]
+    assert one["fingerprint"] == fingerprint(adapter) and not one["files"]
     told = " | ".join(said["not_verified"])
-    for word in ("live model", "comparison was left out", "size and header", "default: it came from memory"):
+    for word in ("live model", "comparison was left out", "not by every byte"):
         assert word in told
     assert "max_abs_diff" not in noted(tmp_path / "onnx" / "model.onnx")
 
