@@ -8,7 +8,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from peftsurgery.commands.report import Report
 from peftsurgery.errors import AdapterError, PlanError
@@ -90,7 +90,7 @@ def _prefix(path: str | Path) -> Prefix | None:
     if str(path) == "none":
         return None
     try:
-        return load_file(path)
+        return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
     except (OSError, SafetensorError) as error:
         raise AdapterError(
             f"{path} is no file of keys and values: {error}. "

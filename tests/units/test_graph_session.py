@@ -81,3 +81,20 @@ def test_a_foreign_graph_says_its_ports_and_its_config_the_rest(path: Path) -> N
 def test_the_word_of_a_provider_is_the_runtimes() -> None:
     assert module.WORDS == {"cpu": CPU, "cuda": CUDA}
     assert CPU in onnxruntime.get_all_providers() and CUDA in onnxruntime.get_all_providers()
+
+
+def test_bfloat16_goes_in_and_comes_out_as_what_float32_holds_of_it(tmp_path: Path) -> None:
+    """A graph whose operations a CPU has in bfloat16 runs as it is, by OrtValues, for numpy has no such dtype."""
+    nodes = [
+        node("Cast", "x", "wide", to=1),
+        node("Mul", "wide wide", "square"),
+        node("Cast", "square", "y", to=16),
+    ]
+    model = graph(nodes, {})
+    for value in (model.graph.inputs[0], model.graph.outputs[0]):
+        value.dtype, value.shape = ir.DataType.BFLOAT16, ir.Shape(["batch", 4])
+    session = Session(weights.save(model, tmp_path)[0], ["cpu"])
+    x = np.float32([[1.5, 1 + 2**-12, -3, 0]])
+    found = session({"x": x, "ids": np.array([0])})["y"]
+    assert not session.widened and found.dtype == np.float32
+    assert found.tolist() == [[2.25, 1, 9, 0]], "rounded to 8 bits on the way in and on the way out"
