@@ -69,7 +69,10 @@ class Tally:
 
 def told(tallies: Mapping[str, Tally]) -> dict[str, dict[str, float]]:
     """What they say of every tensor, as JSON values."""
-    return {name: {"delta_norm": t.norm, "changed": t.share, "lost": t.lost} for name, t in tallies.items()}
+    return {
+        name: {"delta_norm": t.norm, "changed": t.share, "lost": t.lost}
+        for name, t in sorted(tallies.items())
+    }
 
 
 def measured(tallies: Mapping[str, Tally]) -> dict[str, object]:

@@ -111,7 +111,7 @@ def provenance(
 
 def vanished(tallies: Mapping[str, Tally]) -> list[str]:
     """The tensors in which as good as nothing of the adapters is stored."""
-    return [name for name, tally in tallies.items() if tally.vanished]
+    return sorted(name for name, tally in tallies.items() if tally.vanished)
 
 
 def _files(one: Given) -> list[Path]:
