@@ -52,7 +52,7 @@ OURS = {
     "ours, opset 24": {"opset": 24},
 }
 BAR, NOISY, FINALISTS = 1.0, 0.1, 3
-SECONDS, MOST, LEAST = 10.0, 40, 8
+SECONDS, MOST, LEAST = 10.0, 200, 8
 """What the rounds of a cell may take, and how many there are."""
 
 
@@ -212,7 +212,7 @@ def adapters(room: Path, quick: bool) -> Iterator[dict[str, Any]]:
                 name: runs({"ours": sessions[name]}, said, (rows, tokens, 0))["ours"],
                 "base": runs({"ours": sessions["base"]}, said, (rows, tokens + more, 0))["ours"],
             }
-            found = first(turns(pair, 3 if quick else MOST, warm_up=2))
+            found = first(turns(pair, 3 if quick else 40, warm_up=2))
             yield {
                 "adapter": name,
                 "rows": rows,
