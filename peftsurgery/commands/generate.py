@@ -130,7 +130,7 @@ def _report(
         ],
         "tokens": count,
         "seconds": round(seconds, 4),
-        "not heeded": list(decoder.rules.unheeded),
+        "unheeded": list(decoder.rules.unheeded),
     }
     table = [("prompt", "text"), *zip(texts, news, strict=True)] if len(texts) > 1 else ()
     return Report(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.commands.operating import signature_of
-from peftsurgery.errors import ParityError
+from peftsurgery.errors import ParityError, PlanError
 from peftsurgery.live.constant import keys_and_values, silenced
 from peftsurgery.tasks import task as task_named
 from peftsurgery.tasks import task_of
@@ -50,8 +50,16 @@ def plain(
 
     Args:
         prefix: the keys and values, where they are known, or the model has no weights to compute them with.
+
+    Raises:
+        PlanError: the keys and values are to be fed to a model that takes none.
     """
     if not generates(live, task):
+        if form == FILE:
+            raise PlanError(
+                f"{type(live).__name__} is no decoder, and only a decoder's soft prompt can be fed to it from a file. "
+                "Leave out `--prefix file`, and it is baked in; nothing was written."
+            )
         yield Plain(signature_of(live, task), {}, {})
         return
     found = computed(live) if prefix is None else dict(prefix)

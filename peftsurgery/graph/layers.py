@@ -106,12 +106,22 @@ def take_off(graph: ir.Model, count: int, names: list[str]) -> dict[str, str]:
     del graph.graph.outputs[count:]
     kept = {id(value) for value in graph.graph.outputs}
     found: dict[str, str] = {}
-    for name, value in zip(names, values, strict=True):
+    for name, value in zip(names, map(_computed, values), strict=True):
         if id(value) not in kept:
             value.name = name.removeprefix(BEFORE) + ENTRY if name.startswith(BEFORE) else name
             kept.add(id(value))
         found[name] = str(value.name)
     return found
+
+
+def _computed(value: ir.Value) -> ir.Value:
+    """The value itself, or what it repeats: a repetition is eliminated, and its name with it."""
+    producer = value.producer()
+    while producer is not None and producer.op_type == "Identity":
+        assert producer.inputs[0] is not None
+        value = producer.inputs[0]
+        producer = value.producer()
+    return value
 
 
 def record(graph: ir.Model, found: Mapping[str, str]) -> None:

@@ -257,6 +257,12 @@ def _heads(model: nn.Module, family: Family) -> tuple[int, int]:
     )
     heads = int(next(value for word in words if (value := getattr(config, word, None))))
     wide = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
-    return int(getattr(config, "num_key_value_heads", None) or heads), int(
-        wide or config.hidden_size // heads
-    )
+    return _kv_heads(config, heads), int(wide or config.hidden_size // heads)
+
+
+def _kv_heads(config: Any, heads: int) -> int:
+    """How many heads the keys and values of a layer have; Falcon's older layers share one pair among all."""
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        return 1
+    words = ("num_key_value_heads", "num_kv_heads")
+    return int(next((value for word in words if (value := getattr(config, word, None))), heads))

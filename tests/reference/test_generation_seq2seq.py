@@ -62,7 +62,7 @@ def test_on_the_command_line(speaking: Path, run: Callable[..., Result]) -> None
     assert shown.exit_code == 0, shown.output
     said = json.loads(run("generate", speaking / "onnx", *words, "--json").stdout)
     assert shown.stdout.startswith(said["texts"][0]["text"]) and said["tokens"] == 9
-    assert said["not heeded"] == ["num_beams=4"]
+    assert said["unheeded"] == ["num_beams=4"]
     both = ("--prompt", "The cat sat on the mat", *words, "--json")
     texts = json.loads(run("generate", speaking / "onnx", *both).stdout)["texts"]
     assert texts[1]["tokens"] == said["texts"][0]["tokens"], "a row beside a longer one"
@@ -79,6 +79,9 @@ def test_on_the_command_line(speaking: Path, run: Callable[..., Result]) -> None
 def test_what_does_not_fit_is_an_error(speaking: Path) -> None:
     with pytest.raises(ExportError, match="has its own baked in"):
         ps.generate(speaking / "onnx", "a", prefixes=["none"])
+    with pytest.raises(PlanError, match="is no decoder"):
+        ps.export_onnx(speaking / "t5", out=speaking / "apart", prefix="file")
+    assert not (speaking / "apart").exists()
     (speaking / "bare").mkdir()
     shutil.copytree(speaking / "onnx", speaking / "bare", dirs_exist_ok=True)
     text = (speaking / "bare" / "tokenizer.json").read_text()
