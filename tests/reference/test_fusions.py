@@ -17,7 +17,6 @@ from tests.reference.test_export_decoders import CASES, SIZES, TOLERANCE, Steps,
 from tests.subjects import transformer
 
 FUSED: Mapping[str, Mapping[str, int]] = {
-    "LlamaForCausalLM": {"Attention": 2, "RMSNormalization": 5, "RotaryEmbedding": 4},
     "MistralForCausalLM": {"Attention": 2, "RMSNormalization": 5, "RotaryEmbedding": 4},
     "GPTNeoXForCausalLM": {"Attention": 2, "RotaryEmbedding": 4, "LayerNormalization": 5, "Gelu": 2},
     "Gemma2ForCausalLM": {"RMSNormalization": 9, "RotaryEmbedding": 4, "Gelu": 2},
