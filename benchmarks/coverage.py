@@ -79,6 +79,8 @@ METHODS: dict[str, tuple[ps.Method, str | None]] = {
     "prefix": (ps.PrefixTuning(num_virtual_tokens=3), None),
 }
 """A column for each kind of graph: a merged LoRA's is the base's, and baking makes a prompt of a p-tuning."""
+NOISE, LESS = 0.3, {("T5ForConditionalGeneration, gated", "LoRA, factored"): 0.1}
+"""How far parameters are moved; where a product of two maps makes torch's own float32 2e-4 off its float64, less."""
 
 
 def measured(family: str, name: str, method: str) -> Found:
@@ -95,7 +97,7 @@ def measured(family: str, name: str, method: str) -> Found:
         ps.inject(model, formula, **({} if targets is None else {"targets": targets}), seed=0)
     except PlanError as error:
         return {"refused": re.split(r"[;.] ", str(error))[0]}
-    moved = far(model, feed, plain)
+    moved = far(model, feed, plain, LESS.get((name, method), NOISE))
     try:
         with tempfile.TemporaryDirectory() as folder:
             report = ps.export_onnx(model, adapters=ps.remove(model), out=f"{folder}/onnx", factored=True)
@@ -105,11 +107,11 @@ def measured(family: str, name: str, method: str) -> Found:
 
 
 @torch.no_grad()
-def far(model: nn.Module, feed: Mapping[str, Tensor], plain: Tensor) -> float:
+def far(model: nn.Module, feed: Mapping[str, Tensor], plain: Tensor, spread: float) -> float:
     """Move the adapter's parameters away from their start; how far the output went."""
     noise = torch.Generator().manual_seed(1)
     for parameter in ps.trainable_parameters(model).values():
-        parameter.add_(0.3 * torch.randn(parameter.shape, generator=noise))
+        parameter.add_(spread * torch.randn(parameter.shape, generator=noise))
     now = first(model, feed)
     if now.shape != plain.shape:  # virtual tokens come out too, in front
         now = now[:, -plain.shape[1] :]
