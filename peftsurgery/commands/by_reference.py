@@ -87,7 +87,10 @@ def _apart(order: Order, base: Base, listen: Listener) -> Report:
         parity = _compared(order, made, files, listen)
         own = {name: directory / name for name, way in ways.items() if way.how == WRITTEN}
         graphs = dict(zip(made.graphs, files, strict=True))
-        write_json(directory / PROVENANCE, certificate(order, base.model, parity, graphs, own))
+        write_json(
+            directory / PROVENANCE,
+            certificate(order, base.model, parity, graphs, own, apart=bool(made.apart)),
+        )
         new = [*files, *(directory / name for name, way in ways.items() if way.how in (COPY, WRITTEN))]
         more = _facts(made.graphs, ways)
         return report(base.model, order, sum(f.stat().st_size for f in new), made, parity, more)
@@ -107,7 +110,9 @@ def _beside(order: Order, base: Base, listen: Listener) -> Report:
         graphs = dict(zip(made.graphs, files, strict=True))
         before = made_before(path / PROVENANCE)
         made_of = {"model": before} if before else {}
-        write_json(said, {**certificate(order, base.model, parity, graphs, {}), **made_of})
+        write_json(
+            said, {**certificate(order, base.model, parity, graphs, {}, apart=bool(made.apart)), **made_of}
+        )
         more = _facts(made.graphs, dict.fromkeys(_files(made.graphs), Way(OWN)))
         return report(base.model, order, sum(f.stat().st_size for f in files), made, parity, more)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch
 from peftsurgery import __version__
 from peftsurgery.adapter import fingerprint
 from peftsurgery.commands.exporting import Order
+from peftsurgery.commands.operating import has_tokens
 from peftsurgery.commands.provenance import adapter_words
 from peftsurgery.disk.checkpoint import open_checkpoint
 from peftsurgery.disk.identity import file_sha256, known
@@ -34,15 +36,18 @@ def certificate(
     parity: Parity | None,
     graphs: Mapping[str, Path],
     weights: Mapping[str, Path],
+    *,
+    apart: bool = False,
 ) -> dict[str, Any]:
     """What `peftsurgery.json` says of an export; its essentials are noted in the graphs too.
 
     Args:
         live: the model that was exported.
         graphs, weights: the files that were written, by the names that they have in the output.
+        apart: whether its soft prompts are in a file of their own.
     """
     base = _base(order)
-    _note(graphs.values(), order, base, parity)
+    _note(graphs.values(), order, base, parity, apart)
     return {
         "peftsurgery": __version__,
         "verb": "export-onnx",
@@ -101,18 +106,23 @@ def _unverified(order: Order, parity: Parity | None, base: Mapping[str, Any]) ->
     return said
 
 
-def _note(graphs: Iterable[Path], order: Order, base: Mapping[str, Any], parity: Parity | None) -> None:
-    """Write the essentials into the graphs' own metadata."""
+def _note(
+    graphs: Iterable[Path], order: Order, base: Mapping[str, Any], parity: Parity | None, apart: bool
+) -> None:
+    """Write the essentials into the graphs' own metadata.
+
+    A graph whose soft prompts lie `apart` is that of its base, the same for all of them, so it says nothing of one.
+    """
     from peftsurgery.graph import weights
 
-    compared = {} if parity is None else {"max_abs_diff": parity.max_abs_diff, "tolerance": parity.tolerance}
+    inside = [adapter for adapter in order.adapters if not (apart and has_tokens(adapter))]
     said = {
         "version": __version__,
         "base": base["name"],
         "base_sha256": sha256(json.dumps(base["files"]).encode()).hexdigest(),
-        "adapters": ",".join(adapter.name for adapter in order.adapters),
-        "form": order.form,
-        **compared,
+        "adapters": ",".join(adapter.name for adapter in inside),
+        "form": replace(order, adapters=inside).form,
+        **({} if parity is None else {"tolerance": f"{parity.accepted.absolute:g}"}),
     }
     for graph in graphs:
         weights.note(graph, {word: str(value) for word, value in said.items()})

@@ -59,7 +59,9 @@ def export_copied(order: Order, why: str, listen: Listener) -> Report:
         parity = _compared(order, model, away, made, directory)
         graphs = {name: directory / name for name in made.graphs}
         data = {file.name: file for file in files if file.name not in graphs}
-        write_json(directory / PROVENANCE, certificate(order, model, parity, graphs, data))
+        write_json(
+            directory / PROVENANCE, certificate(order, model, parity, graphs, data, apart=bool(made.apart))
+        )
         nbytes = sum(file.stat().st_size for file in files)
         listen(Event("export", "done", 3, 3))
         return report(model, order, nbytes, made, parity, {"weights": _said(order, why)})

@@ -58,7 +58,7 @@ def operated(
         if merged:
             undo.append(merge_live(live, *merged))
         for adapter in (adapter for adapter in adapters if adapter not in merged):
-            way = reading if _has_tokens(adapter) else AS_PEFT
+            way = reading if has_tokens(adapter) else AS_PEFT
             surgery.inject(live, bake(adapter), trainable=False, reading=way)
             undo.append(partial(surgery.remove, live, adapter.name))
         if dtype is not None:
@@ -75,12 +75,13 @@ def stays(adapter: Adapter) -> bool:
     return any(not isinstance(step.method, WeightMethod) for step in adapter.plan.steps)
 
 
-def _has_tokens(adapter: Adapter) -> bool:
+def has_tokens(adapter: Adapter) -> bool:
+    """Whether it puts virtual tokens before the words."""
     return any(isinstance(step.method, TokenMethod) for step in adapter.plan.steps)
 
 
 def _check_reading(adapters: list[Adapter], reading: Reading) -> None:
-    if reading != AS_PEFT and not any(_has_tokens(adapter) for adapter in adapters):
+    if reading != AS_PEFT and not any(has_tokens(adapter) for adapter in adapters):
         raise PlanError(
             "There are no virtual tokens to be read in another way. Name a prompt or a prefix (`--adapter DIR`), "
             "or leave the way out; nothing was written."
