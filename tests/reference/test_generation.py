@@ -128,7 +128,7 @@ def test_a_baked_prefix_is_the_grafted_model_on_other_architectures(
             "attention_mask": np.ones((1, 6), np.int64),
             "position_ids": np.arange(6)[None],
         },
-        {n: np.zeros((1, h, 0, w), np.float32) for n, (h, w, _) in decoder.session.past_ports().items()},
+        {n: np.zeros((1, h, 0, w), np.float32) for n, (h, w) in decoder.session.past_ports().items()},
     )
     assert np.abs(logits[0] - expected).max() <= 1e-4
     assert ps.adapters(model) == ("soft",)
