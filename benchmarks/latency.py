@@ -49,7 +49,7 @@ BEGIN, END = "<!-- latency: begin -->", "<!-- latency: end -->"
 OURS = {
     "ours": {},
     "ours, copied": {"weights": "inline"},
-    "ours, opset 24": {"opset": 24},
+    "ours, opset 20": {"opset": 20},
 }
 BAR, NOISY, FINALISTS = 1.0, 0.1, 3
 SECONDS, MOST, LEAST = 10.0, 200, 8

@@ -89,7 +89,7 @@ def _apart(order: Order, base: Base, listen: Listener) -> Report:
         graphs = dict(zip(made.graphs, files, strict=True))
         write_json(
             directory / PROVENANCE,
-            certificate(order, base.model, parity, graphs, own, apart=bool(made.apart)),
+            certificate(order, base.model, parity, graphs, own, opset=made.opset, apart=bool(made.apart)),
         )
         new = [*files, *(directory / name for name, way in ways.items() if way.how in (COPY, WRITTEN))]
         more = _facts(made.graphs, ways)
@@ -110,9 +110,8 @@ def _beside(order: Order, base: Base, listen: Listener) -> Report:
         graphs = dict(zip(made.graphs, files, strict=True))
         before = made_before(path / PROVENANCE)
         made_of = {"model": before} if before else {}
-        write_json(
-            said, {**certificate(order, base.model, parity, graphs, {}, apart=bool(made.apart)), **made_of}
-        )
+        vouched = certificate(order, base.model, parity, graphs, {}, opset=made.opset, apart=bool(made.apart))
+        write_json(said, {**vouched, **made_of})
         more = _facts(made.graphs, dict.fromkeys(_files(made.graphs), Way(OWN)))
         return report(base.model, order, sum(f.stat().st_size for f in files), made, parity, more)
 

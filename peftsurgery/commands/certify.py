@@ -37,6 +37,7 @@ def certificate(
     graphs: Mapping[str, Path],
     weights: Mapping[str, Path],
     *,
+    opset: int,
     apart: bool = False,
 ) -> dict[str, Any]:
     """What `peftsurgery.json` says of an export; its essentials are noted in the graphs too.
@@ -44,6 +45,7 @@ def certificate(
     Args:
         live: the model that was exported.
         graphs, weights: the files that were written, by the names that they have in the output.
+        opset: that of the graphs.
         apart: whether its soft prompts are in a file of their own.
     """
     base = _base(order)
@@ -56,7 +58,7 @@ def certificate(
         "adapters": [adapter_words(one, fingerprint(one.adapter), full=order.hash) for one in order.given],
         "form": order.form,
         "dtype": str(coarsest(live)).removeprefix("torch."),
-        "opset": order.opset,
+        "opset": opset,
         "for": order.target,
         "portable": order.portable,
         "graphs": {name: {"sha256": file_sha256(file)} for name, file in graphs.items()},

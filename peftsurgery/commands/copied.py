@@ -60,7 +60,8 @@ def export_copied(order: Order, why: str, listen: Listener) -> Report:
         graphs = {name: directory / name for name in made.graphs}
         data = {file.name: file for file in files if file.name not in graphs}
         write_json(
-            directory / PROVENANCE, certificate(order, model, parity, graphs, data, apart=bool(made.apart))
+            directory / PROVENANCE,
+            certificate(order, model, parity, graphs, data, opset=made.opset, apart=bool(made.apart)),
         )
         nbytes = sum(file.stat().st_size for file in files)
         listen(Event("export", "done", 3, 3))

@@ -48,7 +48,7 @@ class Order:
     out: Path
     factored: bool
     task: str | None
-    opset: int
+    opset: int | None
     verify: bool
     tolerance: float | None
     reading: Reading
@@ -106,6 +106,12 @@ class Traced(NamedTuple):
     prefix: Mapping[str, Tensor]
     apart: Mapping[str, Tensor]
     facts: Mapping[str, Any]
+
+    @property
+    def opset(self) -> int:
+        """The opset that a runtime has to know."""
+        opsets: list[int] = [graph.graph.opset_imports[""] for graph in self.graphs.values()]
+        return max(opsets)
 
 
 def traced(live: nn.Module, order: Order, held: Mapping[str, Held] | None = None) -> Traced:

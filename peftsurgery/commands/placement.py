@@ -15,24 +15,28 @@ if TYPE_CHECKING:
     from peftsurgery.graph.placement import Placement
 
 CPU, CUDA = "cpu", "cuda"
-OPSETS = {CPU: 20, CUDA: 24}
-"""What a graph for a device is written in: what most runtimes run; the first whose larger operators CUDA runs."""
+LARGER = 24
+"""The first opset whose larger operators CUDA runs."""
+OLDER = 20
+"""What most runtimes run."""
 
 
-def opset_of(target: str, opset: int | None) -> int:
-    """The opset of a graph for a device.
+def opset_of(target: str, opset: int | None, *, portable: bool) -> int | None:
+    """The opset of a graph for a device; None for the newest that the model can be written in.
 
     Raises:
         PlanError: there is no such device, or the opset lacks its operators.
     """
-    if target not in OPSETS:
+    if target not in (CPU, CUDA):
         raise PlanError(f"target is {target!r} and is {CPU!r} or {CUDA!r}. Nothing was written.")
-    if opset is not None and target == CUDA and opset < OPSETS[CUDA]:
+    if opset is not None and target == CUDA and opset < LARGER:
         raise PlanError(
-            f"Opset {opset} lacks the Attention that CUDA runs. Leave out `--opset`, or name {OPSETS[CUDA]}; nothing "
+            f"Opset {opset} lacks the Attention that CUDA runs. Leave out `--opset`, or name {LARGER}; nothing "
             "was written."
         )
-    return OPSETS[target] if opset is None else opset
+    if opset is not None:
+        return opset
+    return LARGER if target == CUDA else OLDER if portable else None
 
 
 def fused(graphs: Mapping[str, ir.Model]) -> dict[str, Any]:

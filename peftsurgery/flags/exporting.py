@@ -39,7 +39,11 @@ export_options = together(
         show_default=True,
         help="What the graph is for: cuda has larger operators in the place of many.",
     ),
-    click.option("--opset", type=int, help="ONNX opset; by default 20, and 24 for CUDA."),
+    click.option(
+        "--opset",
+        type=int,
+        help="ONNX opset; 24 by default; 20 with --portable, or where torch has no 24 of it.",
+    ),
     click.option(
         "--no-verify",
         "verify",

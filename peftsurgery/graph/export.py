@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,11 @@ from peftsurgery.graph.signature import RECORDED, Port, Signature, call
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OPSET = 20
-"""What most runtimes run; from 23 on, onnxscript fuses rotary embeddings in a way that ORT refuses."""
+OPSETS = (24, 20)
+"""What is tried by default: the first whose Attention ONNX Runtime runs on CPUs and CUDA, and what most runtimes run.
+
+torch cannot write Falcon in the first one.
+"""
 PREFIX = "wrapped."
 Run = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Any]]
 """From a model and its inputs by name to its outputs by name."""
@@ -62,7 +65,7 @@ def trace(
     signature: Signature,
     *,
     names: Callable[[str], str] = str,
-    opset: int = OPSET,
+    opset: int | None = None,
     tables: Collection[str] = (),
     tokens: Mapping[str, Tensor] | None = None,
     held: Mapping[str, Held] | None = None,
@@ -82,7 +85,7 @@ def trace(
         names: from a parameter's name in `model` to the initializer's.
         tables: initializers that hold virtual tokens and are evaluated as far as they go.
         tokens: what to call the evaluated parts → their values (see `virtual.bake`).
-        opset: version of the ONNX operators.
+        opset: version of the ONNX operators; by default 24, or 20 where torch cannot write the model in that.
         prefix: constant keys and values that a decoder reads first (see `cache.behind`); initializers of these names.
         held: where the initializers lie whose parameters have no bytes, and stay, (out, in); or what gives them later.
         run: from the model and its inputs by name to its outputs by name.
@@ -97,7 +100,7 @@ def trace(
     with layers.watched(watch or {}) as seen:
         flat = Flat(model, signature, prefix or {}, layers.telling(run, seen))
         with evaluating(flat), eager(model), quiet():
-            graph = _traced(flat, signature, opset)
+            graph = _first(flat, signature, OPSETS if opset is None else (opset,))
     remembered = layers.take_off(graph, len(signature.outputs), [*seen])
     parameters = _rename(graph, model, names)
     reference.point(graph, held or {})
@@ -114,6 +117,15 @@ def trace(
     layers.record(graph, remembered)
     sites.alias(graph, parameters)
     return graph
+
+
+def _first(flat: Flat, signature: Signature, opsets: Sequence[int]) -> ir.Model:
+    """The model in the first opset that torch can write it in."""
+    *others, last = opsets
+    for opset in others:
+        with suppress(UnsupportedModel):
+            return _traced(flat, signature, opset)
+    return _traced(flat, signature, last)
 
 
 def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:

@@ -61,7 +61,7 @@ def test_the_file_says_who_wrote_it_and_no_more(tmp_path: Path) -> None:
     weights.save(trace(model, signature(model)), tmp_path)
     proto = onnx.load(tmp_path / "model.onnx")
     assert (proto.producer_name, proto.producer_version) == ("peftsurgery", ps.__version__)
-    assert {e.domain: e.version for e in proto.opset_import} == {"": 20}
+    assert {e.domain: e.version for e in proto.opset_import} == {"": 24}
     assert not any(node.metadata_props or node.doc_string for node in proto.graph.node)
     held = {tensor.name for tensor in proto.graph.initializer}
     assert {value.name for value in proto.graph.value_info} <= held and not proto.functions

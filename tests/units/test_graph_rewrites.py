@@ -52,10 +52,10 @@ def test_a_decoder_is_lean_and_the_same(opset: int, tmp_path_factory: pytest.Tem
 
 def test_a_padding_mask_is_read_as_it_is() -> None:
     model = bert().eval()
-    ops = counted(trace(model, signature(model)))
+    ops = counted(trace(model, signature(model), opset=20))
     assert not SPELT_OUT & set(ops)
     assert (ops["And"], ops["Range"], ops["Where"]) == (0, 0, 1), "the same for every query"
-    fused = counted(trace(model, signature(model), opset=24))
+    fused = counted(trace(model, signature(model)))
     assert fused["Attention"] == 1 and fused["Softmax"] == 0
 
 
