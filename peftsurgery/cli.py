@@ -17,6 +17,7 @@ from peftsurgery.flags.comparing import comparing_options
 from peftsurgery.flags.exporting import export_options, writing_options
 from peftsurgery.flags.merging import merge_options
 from peftsurgery.flags.tuning import setting_options, soft_options, word_options
+from peftsurgery.pause import importing
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -165,7 +166,8 @@ def remove_command(**options: Any) -> None:
 @report_options
 def merge_command(**options: Any) -> None:
     """Fold ADAPTERS into MODEL (a directory or an .onnx file) and write the result."""
-    from peftsurgery.commands.merge import merge
+    with importing():
+        from peftsurgery.commands.merge import merge
 
     flags = shown(options)
     run(flags, lambda listen: merge(listen=listen, **options))

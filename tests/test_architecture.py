@@ -25,7 +25,7 @@ ALLOWED = {
     "graph": {"root", "graph"},
     "commands": {"root", "methods", "live", "disk", "graph", "commands"},
     "flags": {"commands", "flags"},
-    "cli": {"commands", "errors", "events", "flags", "progress"},
+    "cli": {"commands", "errors", "events", "flags", "pause", "progress"},
     "__main__": {"cli"},
 }
 FREE = {"__init__"}

@@ -24,8 +24,8 @@ from peftsurgery.tally import Tally
 from peftsurgery.workers import workers
 
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
-THREADS = min(8, (os.cpu_count() or 1) + 2)
-"""Two more than cores, for those that wait for the disk; each holds two blocks and a few tiles."""
+THREADS = min(8, (os.cpu_count() or 1) + 1)
+"""One more than cores, for one that waits for the disk; each holds two blocks and a few tiles."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,10 +16,10 @@ from peftsurgery.live import outputs, soft
 from peftsurgery.live.anatomy import model_type
 from peftsurgery.live.chart import Record, chart, enter, leave, record
 from peftsurgery.live.grafts import Graft, StandIn, Theta, WeightGraft
-from peftsurgery.live.pause import collector_paused
 from peftsurgery.live.sites import everywhere, sites, walk
 from peftsurgery.live.swap import Hook, hook, require_grad, swap, unhook
 from peftsurgery.method import WeightMethod
+from peftsurgery.pause import collector_paused
 from peftsurgery.planning import Plan, Step
 from peftsurgery.reading import AS_PEFT, Reading
 from peftsurgery.site import Kind, Site

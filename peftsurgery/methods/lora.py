@@ -109,7 +109,7 @@ class LoRA(WeightMethod):
 
     def fold(self, w: Tensor, p: Params) -> Tensor:
         a, b = _matrices(p)
-        return w + (b @ a) * self.scaling
+        return (b @ a).mul_(self.scaling).add_(w)
 
     def part(self, p: Params, rows: slice, columns: slice) -> Params | None:
         a, b = next(names for names in A_B.values() if names[0] in p)
