@@ -25,6 +25,10 @@ CHANGES = (
 )
 """The functions of `os` by which peftsurgery changes the disk."""
 READS = ("preadv", "pread")
+SETTLED = 10
+"""So many times a millisecond apart the number of threads has to be the same."""
+LONGEST = 120
+"""Seconds that the work of a child may take; one that hangs is killed, and has not come to its end."""
 UNREACHED = 0
 """The exit code of work that came to its end and was not struck."""
 
@@ -69,6 +73,7 @@ def struck(work: Callable[[], object], at: int, how: str, calls: tuple[str, ...]
     child = os.fork()
     if child == 0:
         code = 1
+        signal.alarm(LONGEST)
         try:
             reached = strike(at, how, calls)
             work()
@@ -79,9 +84,19 @@ def struck(work: Callable[[], object], at: int, how: str, calls: tuple[str, ...]
 
 
 def wait_for_threads() -> None:
-    """Until threads that have ended are gone: a fork in their last moment leaves locks of libraries shut."""
+    """Until threads that have ended are gone: a fork in their last moment leaves locks of libraries shut.
+
+    Libraries keep threads of their own, which Python does not count and which never end: a number of threads that
+    stays the same is of those.
+    """
     tasks = Path("/proc/self/task")
-    while tasks.is_dir() and len(list(tasks.iterdir())) > threading.active_count():
+    before, unchanged = -1, 0
+    while tasks.is_dir() and unchanged < SETTLED:
+        now = len(list(tasks.iterdir()))
+        if now <= threading.active_count():
+            return
+        unchanged = unchanged + 1 if now == before else 0
+        before = now
         time.sleep(0.001)
 
 
