@@ -7,7 +7,7 @@ A is (r, in), B is (out, r), s = lora_alpha / r; rank-stabilised LoRA takes s = 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import isfinite, sqrt
+from math import frexp, isfinite, sqrt
 from typing import ClassVar, Self
 
 import torch
@@ -109,7 +109,9 @@ class LoRA(WeightMethod):
 
     def fold(self, w: Tensor, p: Params) -> Tensor:
         a, b = _matrices(p)
-        return (b @ a).mul_(self.scaling).add_(w)
+        if frexp(self.scaling)[0] == 0.5:  # a power of two: the small factor is scaled with the same bits
+            return ((b * self.scaling) @ a).add_(w)
+        return (b @ a).mul_(self.scaling).add_(w)  # in its own memory: w is not touched
 
     def part(self, p: Params, rows: slice, columns: slice) -> Params | None:
         a, b = next(names for names in A_B.values() if names[0] in p)

@@ -66,6 +66,7 @@ class Case:
 
 CASES = [
     Case("linear", Stack, ("query", "value"), {"r": 16, "lora_alpha": 11}),
+    Case("scaled by a power of two", Stack, ("query", "value"), {"r": 16, "lora_alpha": 32}),
     Case("rslora", Stack, ("query", "value"), {"r": 7, "lora_alpha": 5, "use_rslora": True}),
     Case("lora_bias", Stack, ("query",), {"r": 4, "lora_alpha": 3, "lora_bias": True}),
     Case("conv1d", gpt2, ("c_attn", "c_proj", "c_fc"), {"r": 8, "lora_alpha": 12}),
