@@ -166,6 +166,8 @@ def remove_command(**options: Any) -> None:
 @report_options
 def merge_command(**options: Any) -> None:
     """Fold ADAPTERS into MODEL (a directory or an .onnx file) and write the result."""
+    if not options["adapters"] and options["adapters_from"] is None:
+        raise click.UsageError("Missing argument 'ADAPTERS...', or `--adapters-from LIST`.")
     with importing():
         from peftsurgery.commands.merge import merge
 
