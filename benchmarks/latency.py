@@ -52,7 +52,7 @@ OURS = {
     "ours, opset 20": {"opset": 20},
 }
 BAR, NOISY, FINALISTS = 1.0, 0.1, 3
-SECONDS, MOST, LEAST = 10.0, 200, 8
+SECONDS, MOST, LEAST = 4.0, 200, 8
 """What the rounds of a cell may take, and how many there are."""
 
 
@@ -172,14 +172,18 @@ def row(subject: str, cell: tuple[int, int, int], threads: int, found: Mapping[s
     }
 
 
-def measured(subject: Subject, room: Path, quick: bool) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def measured(
+    subject: Subject, room: Path, quick: bool, counts: Sequence[int]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     said, files, lost = graphs(subject, room, quick)
     cells = subject.cells[:1] if quick else subject.cells
     found, finalists = [], dict[tuple[int, int, int], list[str]]()
-    for threads in (1, 2):
+    for threads in counts:
         bind(threads)
         kept = {*OURS, *(name for names in finalists.values() for name in names)}
-        sessions, refused = opened({n: f for n, f in files.items() if threads == 1 or n in kept}, threads)
+        sessions, refused = opened(
+            {n: f for n, f in files.items() if threads == counts[0] or n in kept}, threads
+        )
         lost.update(refused)
         for cell in cells:
             times, finalists[cell] = raced(runs(sessions, said, cell), quick, finalists.get(cell, ()))
@@ -304,7 +308,9 @@ def main() -> int:
     words.add_argument(
         "--quick", action="store_true", help="one peer and one cell, to see that all works; nothing is kept"
     )
-    quick = words.parse_args().quick
+    words.add_argument("--threads", default="1,2", help="how many ONNX Runtime has, in turn")
+    asked = words.parse_args()
+    quick, counts = asked.quick, [int(word) for word in asked.threads.split(",")]
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     rows, lost = [], {}
@@ -312,7 +318,7 @@ def main() -> int:
         for subject in SUBJECTS:
             room = Path(place) / subject.name
             room.mkdir()
-            found, unable = measured(subject, room, quick)
+            found, unable = measured(subject, room, quick, counts)
             rows += found
             lost.update({f"{subject.name}, {name}": why for name, why in unable.items()})
         worn = list(adapters(Path(place), quick))
