@@ -13,9 +13,9 @@ from peftsurgery.commands.exporting import (
     Order,
     Traced,
     companions,
+    compared,
     report,
     traced,
-    verified,
     write_prefix,
 )
 from peftsurgery.commands.lending import COPY, OWN, WRITTEN, Way, lent, told
@@ -31,7 +31,6 @@ from peftsurgery.events import Event, Listener
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from peftsurgery.graph.parity import Parity
 
 BELOW = Path("weights")
 """Where the weights lie below a graph that is written elsewhere: what holds a graph is no checkpoint too."""
@@ -84,7 +83,7 @@ def _apart(order: Order, base: Base, listen: Listener) -> Report:
         files = _save(made.graphs, directory, [directory / name for name in made.graphs])
         write_prefix(made, directory / KEPT)
         companions(order, base.model, directory)
-        parity = _compared(order, made, files, listen)
+        parity = compared(order, made, files, listen)
         own = {name: directory / name for name, way in ways.items() if way.how == WRITTEN}
         graphs = dict(zip(made.graphs, files, strict=True))
         write_json(
@@ -106,7 +105,7 @@ def _beside(order: Order, base: Base, listen: Listener) -> Report:
         files = _save(made.graphs, path, rest[: len(names)])
         for prefix in rest[len(names) :]:
             write_prefix(made, prefix)
-        parity = _compared(order, made, files, listen)
+        parity = compared(order, made, files, listen)
         graphs = dict(zip(made.graphs, files, strict=True))
         before = made_before(path / PROVENANCE)
         made_of = {"model": before} if before else {}
@@ -155,14 +154,6 @@ def _check_own(base: Base, graphs: Graphs) -> None:
             f"{listing(links)} in {path} is a symbolic link, as in a cache, and ONNX Runtime follows none that "
             "leaves the graph's directory. Name another `-o`; nothing was written."
         )
-
-
-def _compared(order: Order, made: Traced, graphs: Sequence[Path], listen: Listener) -> Parity | None:
-    listen(Event("export", "verifying", 2, 3))
-    if not order.verify:
-        return None
-    with operated(order.model, *order.worn) as live:
-        return verified(live, order, made, graphs)
 
 
 def _files(graphs: Graphs) -> list[str]:

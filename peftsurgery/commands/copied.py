@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,9 @@ from peftsurgery.commands.exporting import (
     Order,
     Traced,
     companions,
+    compared,
     report,
     traced,
-    verified,
     write_prefix,
 )
 from peftsurgery.commands.operating import operated
@@ -30,7 +30,6 @@ from peftsurgery.events import Event, Listener
 if TYPE_CHECKING:
     from torch import nn
 
-    from peftsurgery.graph.parity import Parity
     from peftsurgery.graph.reference import Held
 
 INLINE = "inline"
@@ -55,9 +54,8 @@ def export_copied(order: Order, why: str, listen: Listener) -> Report:
         made = traced(model, order, away)
         listen(Event("export", "writing", 1, 3))
         files = _write(order, model, made, directory)
-        listen(Event("export", "verifying", 2, 3))
-        parity = _compared(order, model, away, made, directory)
         graphs = {name: directory / name for name in made.graphs}
+        parity = compared(order, made, [*graphs.values()], listen, model if away is None else None)
         data = {file.name: file for file in files if file.name not in graphs}
         write_json(
             directory / PROVENANCE,
@@ -66,15 +64,6 @@ def export_copied(order: Order, why: str, listen: Listener) -> Report:
         nbytes = sum(file.stat().st_size for file in files)
         listen(Event("export", "done", 3, 3))
         return report(model, order, nbytes, made, parity, {"weights": _said(order, why)})
-
-
-def _compared(
-    order: Order, model: nn.Module, away: Away | None, made: Traced, directory: Path
-) -> Parity | None:
-    if not order.verify:
-        return None
-    with nullcontext(model) if away is None else operated(order.model, *order.worn) as live:
-        return verified(live, order, made, [directory / name for name in made.graphs])
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from peftsurgery.commands.report import Report, size
 from peftsurgery.disk.adapter_files import put
 from peftsurgery.disk.durable import write_json
 from peftsurgery.disk.locate import locate
+from peftsurgery.events import Event, Listener
 from peftsurgery.live import soft
 from peftsurgery.live.active import canonical_name
 from peftsurgery.live.blueprint import classes
@@ -178,6 +180,21 @@ def companions(order: Order, live: nn.Module, directory: Path) -> None:
     write_json(directory / "config.json", {**said, "dtype": order.dtype_word or said.get("dtype")})
     if own.can_generate():
         write_json(directory / "generation_config.json", own.generation_config.to_dict())
+
+
+def compared(
+    order: Order, made: Traced, graphs: Sequence[Path], listen: Listener, live: nn.Module | None = None
+) -> Parity | None:
+    """What `verified` finds of a model, which is loaded where it is not at hand; nothing where nobody asked.
+
+    Raises:
+        ParityError: they do not agree.
+    """
+    listen(Event("export", "verifying", 2, 3))
+    if not order.verify:
+        return None
+    with operated(order.model, *order.worn) if live is None else nullcontext(live) as model:
+        return verified(model, order, made, graphs)
 
 
 def verified(live: nn.Module, order: Order, made: Traced, graphs: Sequence[Path]) -> Parity:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from peftsurgery.flags.common import provider_option, weight_option
 from peftsurgery.flags.together import together
 
 benching_options = together(
@@ -14,9 +15,7 @@ benching_options = together(
         multiple=True,
         help="An adapter to merge into the model of --against. Repeatable.",
     ),
-    click.option(
-        "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
-    ),
+    weight_option,
     click.option("--task", help="The task of --against, where its checkpoint does not say it."),
     click.option("--batch", default="1,8", show_default=True, help="Rows of the texts."),
     click.option("--length", default="16,128,512", show_default=True, help="Tokens of a row."),
@@ -30,12 +29,7 @@ benching_options = together(
     click.option(
         "--runs", type=click.IntRange(2), default=20, show_default=True, help="Rounds, one run of each."
     ),
-    click.option(
-        "--provider",
-        "providers",
-        multiple=True,
-        help="Where graphs run: cuda, cpu. Repeatable, best first.",
-    ),
+    provider_option,
     click.option(
         "--threads",
         type=click.IntRange(0),

@@ -18,6 +18,13 @@ report_options = together(
 )
 """The options that every command has; they say how to show, never what to do."""
 
+weight_option = click.option(
+    "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
+)
+provider_option = click.option(
+    "--provider", "providers", multiple=True, help="Where graphs run: cuda, cpu. Repeatable, best first."
+)
+
 trust_options = together(
     click.option("--allow-pickle", is_flag=True, help="Read a .bin adapter (weights only)."),
     click.option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from peftsurgery.flags.common import weight_option
 from peftsurgery.flags.together import together
 
 comparing_options = together(
@@ -18,9 +19,7 @@ comparing_options = together(
         multiple=True,
         help="An adapter on the model of --against, or on MODEL where that is a graph. Repeatable.",
     ),
-    click.option(
-        "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
-    ),
+    weight_option,
     click.option("--task", help="The task, where the checkpoint does not say it."),
     click.option("--tolerance", type=float, help="Largest absolute difference allowed; 1e-4 for float32."),
     click.option("--texts", type=click.Path(), help="A file of texts to compare on, one a line."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from peftsurgery.flags.common import provider_option, weight_option
 from peftsurgery.flags.together import together
 
 export_options = together(
@@ -14,12 +15,7 @@ export_options = together(
         is_flag=True,
         help="Keep the adapter's factors in the graph instead of merging them.",
     ),
-    click.option(
-        "--weight",
-        type=float,
-        multiple=True,
-        help="A factor for each adapter's effect, in their order.",
-    ),
+    weight_option,
     click.option("--task", help="The task, e.g. seq-cls, where the checkpoint does not say it."),
     click.option(
         "--dtype",
@@ -111,12 +107,7 @@ writing_options = together(
         help="Draw among the likeliest with this share.",
     ),
     click.option("--seed", type=int, help="Of the draws."),
-    click.option(
-        "--provider",
-        "providers",
-        multiple=True,
-        help="Where to run: cuda, cpu. Repeatable, best first.",
-    ),
+    provider_option,
     click.option(
         "--threads",
         type=int,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import click
 
+from peftsurgery.flags.common import weight_option
 from peftsurgery.flags.together import together
 
 merge_options = together(
     click.option("-o", "--out", type=click.Path(), help="The directory to write."),
-    click.option(
-        "--weight", type=float, multiple=True, help="A factor for each adapter's effect, in their order."
-    ),
+    weight_option,
     click.option("--in-place", is_flag=True, help="Patch the files of MODEL itself; needs --undo."),
     click.option("--undo", type=click.Path(), help="--in-place: the file that keeps the original bytes."),
     click.option(
