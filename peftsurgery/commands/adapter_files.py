@@ -87,6 +87,15 @@ class Given:
     path: Path | None = None
 
     @property
+    def files(self) -> dict[str, Path]:
+        """The safetensors files that it came from, by what they are called in and beside its directory."""
+        if self.path is None:
+            return {}
+        folders = adapterhub.folders(self.path)
+        found = [file for folder in folders for file in sorted(folder.glob("*.safetensors"))]
+        return {_called(file, self.path): file for file in found}
+
+    @property
     def scaled(self) -> Adapter:
         """The adapter with that effect.
 
@@ -117,6 +126,10 @@ def given(adapters: Adapters, weight: Sequence[float] = (), *, allow_pickle: boo
 def gather(adapters: Adapters, weight: Sequence[float] = (), *, allow_pickle: bool = False) -> list[Adapter]:
     """Adapters in whatever form they were given, in memory and scaled; see `given`."""
     return [one.scaled.held() for one in given(adapters, weight, allow_pickle=allow_pickle)]
+
+
+def _called(file: Path, directory: Path) -> str:
+    return file.name if file.parent == directory else f"{file.parent.name}/{file.name}"
 
 
 def _loaded(one: Adapter | str | Path, allow_pickle: bool) -> Adapter:

@@ -24,6 +24,7 @@ from peftsurgery.commands.prefixed import KEPT
 from peftsurgery.commands.provenance import PROVENANCE
 from peftsurgery.commands.report import Report, size
 from peftsurgery.commands.stored_weights import Base, base_of
+from peftsurgery.commands.worn_weights import worn
 from peftsurgery.disk.durable import added, staged, write_json
 from peftsurgery.errors import CheckpointError, NotReferable, listing
 from peftsurgery.events import Event, Listener
@@ -78,8 +79,8 @@ def _apart(order: Order, base: Base, listen: Listener) -> Report:
     """Into a directory of its own, which gets the checkpoint's files as cheaply as its file system can."""
     with staged(order.out) as directory:
         base = written(base, directory / CHANGED, listen)
-        made = _traced(order, base, BELOW, listen)
-        ways = lent(base.checkpoint.path, BELOW, directory, _files(made.graphs))
+        made, sources = _traced(order, base, BELOW, listen)
+        ways = lent({name: sources[name] for name in _files(made.graphs)}, directory)
         files = _save(made.graphs, directory, [directory / name for name in made.graphs])
         write_prefix(made, directory / KEPT)
         companions(order, base.model, directory)
@@ -98,7 +99,7 @@ def _apart(order: Order, base: Base, listen: Listener) -> Report:
 def _beside(order: Order, base: Base, listen: Listener) -> Report:
     """Beside the checkpoint's own files, none of which is touched."""
     _check_unchanged(base)
-    path, made = base.checkpoint.path, _traced(order, base, Path(), listen)
+    path, (made, _) = base.checkpoint.path, _traced(order, base, Path(), listen)
     _check_own(base, made.graphs)
     names, apart = [*made.graphs], [KEPT] if made.apart else []
     with added(path, *names, *apart, PROVENANCE) as (*rest, said):
@@ -115,12 +116,14 @@ def _beside(order: Order, base: Base, listen: Listener) -> Report:
         return report(base.model, order, sum(f.stat().st_size for f in files), made, parity, more)
 
 
-def _traced(order: Order, base: Base, below: Path, listen: Listener) -> Traced:
+def _traced(order: Order, base: Base, below: Path, listen: Listener) -> tuple[Traced, dict[str, Path]]:
+    """The graphs, and the files that they may read by what they call them."""
     listen(Event("export", "tracing", 0, 3))
     with operated(base.model, *order.kept) as live:
-        made = traced(live, order, base.spans(below))
+        whole = worn(base, live, order.wearable) if below.parts else base
+        made = traced(live, order, whole.spans(below))
     listen(Event("export", "writing", 1, 3))
-    return made
+    return made, whole.files(below)
 
 
 def _save(graphs: Graphs, directory: Path, files: Sequence[Path]) -> Sequence[Path]:

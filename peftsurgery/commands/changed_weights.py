@@ -87,7 +87,7 @@ def written(base: Base, file: Path, listen: Listener) -> Base:
         put(one, [(part.name, part.make())])
     stored = {tensor.name: tensor for one in files for tensor in read_shard(one).tensors}
     now = {name: stored[piece.name] for name, piece in base.made.items()}
-    return replace(base, held={**base.held, **now}, made={})
+    return replace(base, held={**base.held, **now}, made={}, others={one: one.name for one in files})
 
 
 def _file(first: Path, number: int) -> Path:

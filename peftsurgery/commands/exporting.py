@@ -15,7 +15,7 @@ from torch import Tensor
 from peftsurgery.adapter import Adapter
 from peftsurgery.commands.adapter_files import Given
 from peftsurgery.commands.companions import carry, merged_config
-from peftsurgery.commands.operating import operated, stays
+from peftsurgery.commands.operating import has_tokens, operated, stays
 from peftsurgery.commands.placement import CUDA, fused, placement
 from peftsurgery.commands.prefixed import computed, generates, plain
 from peftsurgery.commands.report import Report, size
@@ -84,6 +84,12 @@ class Order:
         """What `operated` takes beside a model that the merged ones are in already."""
         left = [a for a in self.adapters if self.factored or stays(a)]
         return left, *self.worn[1:]
+
+    @property
+    def wearable(self) -> list[Given]:
+        """Those whose parameters the graph reads as they are in their files: no tokens, which are evaluated."""
+        left = [one for one in self.given if self.factored or stays(one.adapter)]
+        return [one for one in left if not has_tokens(one.adapter)]
 
     @property
     def form(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,17 +18,15 @@ class Way(NamedTuple):
     why: str = ""
 
 
-def lent(source: Path, below: Path, directory: Path, files: Iterable[str]) -> dict[str, Way]:
-    """Give `directory` the files of `source`, which lie `below` there; one that is there was written for it.
+def lent(sources: Mapping[str, Path], directory: Path) -> dict[str, Way]:
+    """Give `directory` files under these names; one that is there was written for it.
 
     Raises:
         CheckpointError: a file cannot be read or written.
     """
     return {
-        name: Way(WRITTEN)
-        if (directory / name).exists()
-        else Way(*lend(source / Path(name).relative_to(below), directory / name))
-        for name in files
+        name: Way(WRITTEN) if (directory / name).exists() else Way(*lend(source, directory / name))
+        for name, source in sources.items()
     }
 
 
@@ -41,7 +39,7 @@ def told(ways: Mapping[str, Way]) -> str:
         OWN: "the checkpoint's own, untouched",
         COPY: f"copied, for {reasons}",
         HARD_LINK: "hard links, which ONNX Runtime reads and onnx's own checker and loader refuse",
-        REFLINK: "reflinks, files of their own that share their blocks with the checkpoint's",
+        REFLINK: "reflinks, files of their own that share their blocks with those that they are of",
         WRITTEN: f"what is not in the checkpoint as such was written to {_listed(made)}",
     }
     return "; ".join(said for how, said in words.items() if how in hows)

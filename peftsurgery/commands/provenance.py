@@ -73,7 +73,7 @@ def inputs(checkpoint: Checkpoint, given: Sequence[Given]) -> Inputs:
         checkpoint,
         tuple(given),
         {shard.file: stamp(shard.file) for shard in checkpoint.shards},
-        {file: stamp(file) for one in given for file in _files(one)},
+        {file: stamp(file) for one in given for file in one.files.values()},
         tuple(fingerprint(one.adapter) for one in given),
     )
 
@@ -114,10 +114,6 @@ def vanished(tallies: Mapping[str, Tally]) -> list[str]:
     return sorted(name for name, tally in tallies.items() if tally.vanished)
 
 
-def _files(one: Given) -> list[Path]:
-    return sorted(one.path.glob("*.safetensors")) if one.path is not None else []
-
-
 def adapter_words(one: Given, mark: str, *, full: bool = False) -> dict[str, Any]:
     """What is said of an adapter, whose fingerprint is `mark`."""
     adapter = one.adapter
@@ -127,7 +123,7 @@ def adapter_words(one: Given, mark: str, *, full: bool = False) -> dict[str, Any
         "methods": sorted({repr(step.method) for step in adapter.plan.steps}),
         "base": adapter.base,
         "fingerprint": mark,
-        "files": {file.name: known(file, full=full).to_dict() for file in _files(one)},
+        "files": {name: known(file, full=full).to_dict() for name, file in one.files.items()},
     }
 
 

@@ -37,25 +37,32 @@ class Base:
         model: with parameters that have no bytes, and buffers that have.
         held: for each parameter's name, tied ones under every name, where its bytes lie.
         made: the same for those that lie nowhere as the model computes with them: what makes them.
+        others: files that are not the checkpoint's, and what they are called beside its own.
     """
 
     model: nn.Module
     checkpoint: Checkpoint
     held: Mapping[str, Stored]
     made: Mapping[str, Piece | Part] = field(default_factory=dict)
+    others: Mapping[Path, str] = field(default_factory=dict)
 
     def spans(self, below: Path) -> dict[str, Span]:
         """Where the bytes lie, in a graph's words, if all files lie `below` the graph's directory."""
         from peftsurgery.graph.reference import Span
 
         return {
-            name: Span((below / self._within(stored.file)).as_posix(), stored.start, stored.nbytes)
+            name: Span(self._below(below, stored.file), stored.start, stored.nbytes)
             for name, stored in self.held.items()
         }
 
-    def _within(self, file: Path) -> Path:
-        own = [shard.file for shard in self.checkpoint.shards]
-        return file.relative_to(self.checkpoint.path) if file in own else Path(file.name)
+    def files(self, below: Path) -> dict[str, Path]:
+        """The files that they lie in, by the words that `spans` has for them."""
+        return {self._below(below, stored.file): stored.file for stored in self.held.values()}
+
+    def _below(self, below: Path, file: Path) -> str:
+        own = file not in self.others
+        name = file.relative_to(self.checkpoint.path) if own else self.others[file]
+        return (below / name).as_posix()
 
     def readers(self) -> dict[str, Callable[[], Tensor]]:
         """What reads or makes each of them; the memory goes back with the tensor."""

@@ -61,6 +61,18 @@ def is_here(path: Path) -> bool:
     return "peft_type" not in raw and "config" in raw
 
 
+def folders(path: Path) -> list[Path]:
+    """The directories whose files are an adapter's that `read` reads: its own, those of a fusion and its members."""
+    if (path / SETUP).is_file():
+        names = adapterhub_fusion.setup_members(json_object(path / SETUP))
+        own = [path, path / ",".join(names)]
+    elif (path / FUSION).is_file():
+        names, own = adapterhub_fusion.member_names(json_object(path / FUSION)), [path]
+    else:
+        return [path]
+    return list(dict.fromkeys([*own, *(adapterhub_fusion.member_folder(path, name) for name in names)]))
+
+
 def read(path: Path, methods: Methods, *, name: str | None = None, allow_pickle: bool = False) -> Adapter:
     """The adapter in a directory that AdapterHub's library saved, every tensor accounted for.
 

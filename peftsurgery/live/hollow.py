@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from peftsurgery.errors import NotReferable, listing
@@ -63,6 +63,21 @@ def hollow(
     with FakeTensorMode(allow_non_fake_inputs=True):
         refill(model, lambda old: nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=False))
     return model
+
+
+def emptied(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """Take the bytes of some parameters of a hollow model that have any."""
+    chosen = {id(parameter) for parameter in parameters}
+    mode = next((p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor)), None)
+    if not chosen or mode is None:
+        return
+
+    def made(old: nn.Parameter) -> nn.Parameter:
+        empty = torch.empty(old.shape, dtype=old.dtype)
+        return nn.Parameter(empty, requires_grad=False)
+
+    with mode:
+        refill(model, lambda old: made(old) if id(old) in chosen else old)
 
 
 @contextmanager

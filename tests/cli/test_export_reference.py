@@ -281,24 +281,6 @@ def test_tokens_lie_in_the_graph_and_the_base_in_its_file(
     assert not [name for name in inside if name.startswith("bert.") and name.endswith((".weight", ".bias"))]
 
 
-def test_factors_and_bottlenecks_lie_in_the_graph(run: Run, bert: Path, tmp_path: Path) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(bert, num_labels=3)
-    lora = adapter_for(model, "query,value,word_embeddings", tmp_path / "lora", "seq-cls")
-    asked = ("--weights", "reference", "--json")
-    done = run("export-onnx", bert, "--adapter", lora, "--factored", *asked, "-o", tmp_path / "one")
-    assert done.exit_code == 0, done.output
-    fresh = ("--method", "bottleneck", "--config", "houlsby", "--task", "seq-cls", "--seed", 1)
-    assert run("inject", bert, *fresh, "-o", tmp_path / "bottleneck").exit_code == 0
-    done = run("export-onnx", bert, "--adapter", tmp_path / "bottleneck", *asked, "-o", tmp_path / "two")
-    assert done.exit_code == 0, done.output
-    for place, word in (("one", "lora_A"), ("two", "adapter_up")):
-        graph = tmp_path / place / "model.onnx"
-        pointed = external(graph)
-        held = {t.name for t in onnx.load(graph, load_external_data=False).graph.initializer}
-        assert [name for name in held - pointed.keys() if word in name]
-        assert not [name for name in pointed if word in name]
-
-
 def test_a_graph_beside_its_checkpoint_can_be_merged(run: Run, bert: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(bert, tmp_path / "base"))
     adapter = adapter_for(AutoModel.from_pretrained(base), "query,value", tmp_path / "adapter")
