@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import peftsurgery as ps
 from peftsurgery.method import OutputMethod
-from tests.token_subjects import LLAMAS, NARROW, PAD
+from tests.subjects import transformer
+from tests.token_subjects import BERTS, LLAMAS, NARROW, PAD
 from tests.token_subjects import SUBJECTS as WORDS
 
 BOTH = "mh_adapter,output_adapter"
@@ -69,6 +70,37 @@ def _causal(model: type, config: type, **more: Any) -> Callable[[], nn.Module]:
     return build
 
 
+def _made(name: str, cls: str, inputs: Callable[[], dict[str, Tensor]], **own: Any) -> OutputSubject:
+    """A model no weight of which is 0 or 1: a layer's scale counts, and attention looks about."""
+    words = {"attn_implementation": "eager", **own}
+    return OutputSubject(name, lambda: transformer(cls, words, spread=0.1), inputs)
+
+
+def _decoder(name: str, cls: str, **own: Any) -> OutputSubject:
+    return _made(name, f"{cls}ForCausalLM", WORDS[9].inputs, **{**BERTS, **own})
+
+
+def _crossed() -> dict[str, Tensor]:
+    text = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(2))
+    return {**WORDS[0].inputs(), "encoder_hidden_states": text}
+
+
+def _image(name: str, cls: str, pixels: Callable[[], dict[str, Tensor]], **own: Any) -> OutputSubject:
+    return _made(name, f"{cls}ForImageClassification", pixels, **own)
+
+
+def _large() -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))}
+
+
+OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "vocab_size": 67}
+SMALL = {**NARROW, "intermediate_size": 48, "image_size": 8, "patch_size": 4}
+SHIFTED = {
+    **{"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4]},
+    **{"window_size": 4, "num_labels": 3},
+}
+EXPERTS = {"num_key_value_heads": 2, "num_local_experts": 4}
+
 SUBJECTS = (
     *(OutputSubject(subject.name, subject.model, subject.inputs) for subject in WORDS),
     OutputSubject("vit", _vit, _pixels),
@@ -79,8 +111,30 @@ SUBJECTS = (
     OutputSubject("marian", _pair(tf.MarianMTModel, tf.MarianConfig), WORDS[13].inputs),
     OutputSubject("deit", partial(_vit, "DeiT"), _pixels),
     OutputSubject("mistral", _causal(tf.MistralForCausalLM, tf.MistralConfig), WORDS[9].inputs),
+    _decoder("opt-late", "OPT", ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False),
+    _decoder("bloom", "Bloom", n_layer=2, n_head=4),
+    _decoder("bloom-late", "Bloom", n_layer=2, n_head=4, apply_residual_connection_post_layernorm=True),
+    _made("gptj", "GPTJForCausalLM", WORDS[9].inputs, **OLD, rotary_dim=4),
+    _decoder("phi", "Phi"),
+    _decoder("gpt-neox", "GPTNeoX"),
+    _decoder("gpt-neox-in-turn", "GPTNeoX", use_parallel_residual=False),
+    _decoder("falcon", "Falcon"),
+    _decoder("falcon-in-turn", "Falcon", parallel_attn=False, alibi=True),
+    _decoder("falcon-two-norms", "Falcon", new_decoder_architecture=True, num_kv_heads=2),
+    _decoder(
+        "falcon-one-norm", "Falcon", new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
+    ),
+    _decoder("mixtral", "Mixtral", **EXPERTS),
+    _made("bert-crossed", "BertLMHeadModel", _crossed, **BERTS, is_decoder=True, add_cross_attention=True),
+    _image("beit", "Beit", _pixels, **SMALL),
+    _image("dinov2", "Dinov2", _pixels, **SMALL),
+    _image("swin", "Swin", _large, **SHIFTED),
 )
-FEW = tuple(s for s in SUBJECTS if s.name in ("bert", "distilbert", "llama-gqa", "opt", "t5", "bart", "vit"))
+FEW = tuple(
+    subject
+    for subject in SUBJECTS
+    if subject.name in ("bert", "distilbert", "llama-gqa", "opt", "t5", "bart", "vit", "bloom", "phi", "beit")
+)
 """One of every way in which a layer adds, drops and normalises."""
 
 # No relu: a dead unit has no gradient, and small models have many.

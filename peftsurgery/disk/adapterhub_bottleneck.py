@@ -105,7 +105,9 @@ def said_of(adapter: Adapter, layers: Stacks) -> Config:
         "scaling": scaling if isinstance(scaling, str) else float(scaling),
         "dropout": float(words["dropout"]),
         **{word: word in roles for word in ROLES},
-        "leave_out": left_out(layers, is_whole=_is_whole(adapter.plan), fills=False),
+        "leave_out": left_out(
+            layers, is_whole=_is_whole(adapter.plan), fills=False, model_type=adapter.model_type
+        ),
     }
 
 

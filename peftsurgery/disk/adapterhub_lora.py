@@ -101,7 +101,7 @@ def written(adapter: Adapter) -> Written:
         "dropout": float(common["lora_dropout"]),
         "composition_mode": "add",
         "init_weights": "lora",
-        "leave_out": left_out(layers, is_whole=True, fills=True),
+        "leave_out": left_out(layers, is_whole=True, fills=True, model_type=adapter.model_type),
     }
     tensors = {name: _fused(adapter.params[name], name in fused) for name in words}
     return Written(config, keyed(tensors, MARK, adapter.name, adapter.model_type))

@@ -39,11 +39,13 @@ _VIT: Spelling = (
 NAMINGS: Mapping[str, Naming] = {
     "albert": Naming("albert", "Albert"),
     "bart": Naming("model", "Bart"),
+    "beit": Naming("beit", "Beit", _VIT),
     "bert": Naming("bert", "Bert"),
     "deberta-v2": Naming("deberta", "DebertaV2"),
     "distilbert": Naming("distilbert", "DistilBert"),
     "electra": Naming("electra", "Electra"),
     "gpt2": Naming("transformer", "GPT2"),
+    "gptj": Naming("transformer", "GPTJ"),
     "llama": Naming("model", "Llama"),
     "mistral": Naming("model", "Mistral"),
     "mt5": Naming("transformer", "MT5"),

@@ -15,6 +15,9 @@ DEEPEST = 128
 """A number of layers that no model of AdapterHub's reaches: `leave_out` names what is left out, up to here
 where the number of the model's layers is not known."""
 
+ALONE = frozenset({"opt"})
+"""Model types whose only list of layers is called a decoder's."""
+
 Stacks = Mapping[str, Mapping[int, frozenset[str]]]
 """For every list of layers, by number, the ends of the names of the sites in it."""
 
@@ -27,7 +30,7 @@ def stacks(names: Iterable[str]) -> Stacks:
     """
     found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in sorted(names, key=natural):
-        parts = re.fullmatch(r"(.*?)\.([0-9]+)\.(.+)", name)
+        parts = re.fullmatch(r"(.*?(?:\.[0-9]+\.blocks)?)\.([0-9]+)\.(.+)", name)
         if parts is None:
             raise MismatchedTensors(
                 f"{name!r} is in no layer, and AdapterHub's adapters are. Save the adapter again.",
@@ -47,6 +50,7 @@ def role(stack: str, end: str) -> str | None:
         "cross_attention_adapters": CROSS,
         "attention_adapters": MH,
         "attention.output": MH,
+        "crossattention.output": MH,
         "output_adapters": FF,
         "output": FF,
     }
@@ -58,7 +62,8 @@ def check_even(found: Stacks, left_out: Collection[int]) -> None:
     for stack, layers in found.items():
         every = frozenset[str]().union(*layers.values())
         present = set(layers)
-        counted = not (left_out and _is_half(stack))  # the decoder's layers are numbered after the encoder's
+        # a second list's layers are numbered after the first one's
+        counted = not (left_out and (len(found) > 1 or _is_half(stack)))
         gaps = set(range(max(present))) - present - (set(left_out) if counted else set(range(max(present))))
         missing = [f"{stack}.{layer}.{end}" for layer in gaps for end in every]
         missing += [f"{stack}.{layer}.{end}" for layer, ends in layers.items() for end in every - ends]
@@ -73,12 +78,13 @@ def check_even(found: Stacks, left_out: Collection[int]) -> None:
             )
 
 
-def left_out(found: Stacks, *, is_whole: bool, fills: bool) -> list[int]:
+def left_out(found: Stacks, *, is_whole: bool, fills: bool, model_type: str | None) -> list[int]:
     """The numbers of the layers without an adapter, as AdapterHub counts them: a decoder's after the encoder's.
 
     Args:
         is_whole: whether the deepest layer with an adapter is the model's last.
         fills: whether AdapterHub fills places that the file has no tensors for with what changes nothing.
+        model_type: the architecture, where it is known.
 
     Raises:
         AdapterError: layers differ, or their numbers cannot be told.
@@ -90,7 +96,8 @@ def left_out(found: Stacks, *, is_whole: bool, fills: bool) -> list[int]:
         numbers += sorted(offset + number for number in missing)
         offset += max(layers) + 1
     is_part = len(found) == 1 or not is_whole
-    if any(map(_is_half, found)) and is_part and (numbers or not fills):
+    is_half = model_type not in ALONE and any(map(_is_half, found))
+    if is_half and is_part and (numbers or not fills):
         raise AdapterError(
             f"The adapter is in part of the layers of {listing(list(found))}, and AdapterHub numbers a decoder's "
             "layers after the encoder's, whose number the adapter does not say. Put it on all layers of both."

@@ -22,21 +22,16 @@ from peftsurgery.method import Map, OutputMethod
 from peftsurgery.planning import Plan, Step
 from peftsurgery.site import Kind, Site
 
-DROPOUT = "dropout"
-"""Where a layer that drops from its sublayers' outputs itself keeps the probability, or the module."""
-
 
 class OutputGraft(Graft):
     """A layer with output methods at its sublayers; those of several adapters work one after the other.
 
     Args:
         sublayers: all that the layer has.
-        drops: whether it drops from their outputs itself.
         thetas: the parameters of one adapter by place.
     """
 
     sublayers: tuple[Sublayer, ...]
-    drops: bool
     places: tuple[str, ...]
 
     def __init__(
@@ -44,14 +39,13 @@ class OutputGraft(Graft):
         base: nn.Module,
         label: str,
         sublayers: Sequence[Sublayer],
-        drops: bool,
         thetas: Mapping[str, Theta],
     ) -> None:
         bench = Factor()
         for place, theta in thetas.items():
             bench.seat(place, theta)
         super().__init__(base, label, bench)
-        self.__dict__.update(sublayers=tuple(sublayers), drops=drops, places=tuple(thetas))
+        self.__dict__.update(sublayers=tuple(sublayers), places=tuple(thetas))
 
     def theta(self, place: str) -> Theta:
         """The adapter's parameters at one sublayer."""
@@ -76,13 +70,14 @@ class OutputGraft(Graft):
     def _listened(self, layer: nn.Module, worn: Mapping[str, Sequence[Theta]]) -> nn.Module:
         """The layer's copy for one call."""
         ears: dict[str, Ear] = defaultdict(Ear)
+        spared = layer
         for sub in self.sublayers:
-            if self.drops:
-                ears[sub.output].answers.append(_dropping(layer))
+            if sub.dropout:
+                ears[sub.output].answers.append(_dropping(layer, sub.dropout))
+                spared = _sparing(spared, sub.dropout)
             if sub.place in worn:
                 _listen(ears, sub, layer, worn[sub.place])
-        heard = with_ears(layer, ears)
-        return _sparing(heard) if self.drops else heard
+        return with_ears(spared, ears)
 
 
 class Ear:
@@ -112,12 +107,12 @@ class Ear:
 
 
 class Seat:
-    """One sublayer during one call."""
+    """One sublayer during one call; `is_open` from its entry to its output."""
 
-    __slots__ = ("norm", "residual", "result", "thetas")
+    __slots__ = ("is_open", "norm", "residual", "result", "thetas")
 
     def __init__(self, thetas: Sequence[Theta], norm: nn.Module | None) -> None:
-        self.thetas, self.norm = thetas, norm
+        self.thetas, self.norm, self.is_open = thetas, norm, False
         self.residual: Tensor | None = None
         self.result: Tensor | None = None
 
@@ -128,11 +123,20 @@ class Seat:
 
     def enter(self, x: Tensor) -> None:
         """Hear what the layer will add to the output."""
-        self.residual = x
+        self.residual, self.is_open = x, True
+
+    def join(self, y: Tensor) -> Tensor:
+        """Hear the sublayer that a parallel layer adds too, in front of this one."""
+        assert self.residual is not None
+        self.residual = self.residual + y
+        return y
 
     def leave(self, y: Tensor) -> Tensor:
-        """What goes on in the place of the sublayer's output."""
+        """What goes on in the place of the sublayer's output; another one's output goes on as it is."""
+        if not self.is_open:
+            return y
         assert self.residual is not None
+        self.is_open = False
         for theta in self.thetas:
             y = _applied(theta, y, self.residual, self.norm)
         self.result = y
@@ -140,17 +144,19 @@ class Seat:
 
     def close(self, normed: Tensor) -> Tensor:
         """What goes on in the place of the norm's output, where the last adapter is final."""
-        if self.result is None or self.result.shape != normed.shape:
+        if self.result is None or self.result.numel() != normed.numel():
             raise PlanError(
                 "An adapter without `original_ln_after` does not work where the feed-forward is computed in chunks. "
                 "Set `model.config.chunk_size_feed_forward = 0` before the model is made."
             )
-        return self.result
+        return self.result.view_as(normed)  # OPT's feed-forward works on a flat list of words
 
 
 def _listen(ears: Mapping[str, Ear], sub: Sublayer, layer: nn.Module, thetas: Sequence[Theta]) -> None:
     seat = Seat(thetas, layer.get_submodule(sub.norm) if sub.norm else None)
     ears[sub.entry].hears.append(seat.enter)
+    if sub.beside:
+        ears[sub.beside].answers.append(seat.join)
     ears[sub.output].answers.append(seat.leave)
     if seat.is_final and sub.norm:
         ears[sub.norm].answers.append(seat.close)
@@ -192,18 +198,25 @@ def _heard(child: nn.Module, ears: dict[str, Ear]) -> Any:
     return own
 
 
-def _dropping(layer: nn.Module) -> Map:
-    """What the layer drops from a sublayer's output."""
-    drop: Any = getattr(layer, DROPOUT)
-    return drop if isinstance(drop, nn.Module) else lambda y: nn.functional.dropout(y, drop, layer.training)
+def _dropping(layer: nn.Module, path: str) -> Map:
+    """What the layer drops, with the attribute of that path."""
+    parent, _, leaf = path.rpartition(".")
+    owner = layer.get_submodule(parent)
+    drop: Any = getattr(owner, leaf)
+    return drop if isinstance(drop, nn.Module) else lambda y: nn.functional.dropout(y, drop, owner.training)
 
 
-def _sparing(layer: nn.Module) -> nn.Module:
-    """The layer, not dropping once more."""
-    if DROPOUT in layer._modules:
-        return twin(layer, {DROPOUT: nn.Identity()})
-    spared = twin(layer, {})
-    spared.__dict__[DROPOUT] = 0.0
+def _sparing(module: nn.Module, path: str) -> nn.Module:
+    """A shallow copy of the module that does not drop once more with the attribute of that path."""
+    if isinstance(module, Graft):
+        return twin(module, {"base": _sparing(module.base, path)})
+    head, _, rest = path.partition(".")
+    if rest:
+        return twin(module, {head: _sparing(module.get_submodule(head), rest)})
+    if head in module._modules:
+        return twin(module, {head: nn.Identity()})
+    spared = twin(module, {})
+    spared.__dict__[head] = 0.0
     return spared
 
 
@@ -243,9 +256,8 @@ def grafts(
             wanted[layer][sub.place] = _theta(modules[layer], step, adapter, trainable)
     made: dict[str, Graft] = {}
     for layer, thetas in wanted.items():
-        stack = stack_of(model)
-        subs = present(stack, modules, layer)
-        made[layer] = OutputGraft(modules[layer], adapter.name, subs, stack.drops, thetas)
+        subs = present(stack_of(model), modules, layer)
+        made[layer] = OutputGraft(modules[layer], adapter.name, subs, thetas)
     return made
 
 

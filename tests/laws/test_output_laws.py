@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -29,6 +31,7 @@ from tests.output_subjects import (
     FEATURES,
     FEW,
     FUSION,
+    HOULSBY,
     METHODS,
     PFEIFFER,
     SUBJECTS,
@@ -48,6 +51,7 @@ class Echo(OutputMethod):
     name: ClassVar[str] = "echo"
     kinds: ClassVar[frozenset[ps.Kind]] = frozenset({ps.Kind.OUTPUT})
     is_final: ClassVar[bool] = True  # type: ignore[assignment]
+    heard: ClassVar[list[int]] = []
 
     def shapes(self, site: ps.Site) -> dict[str, tuple[int, ...]]:
         return {"none": site.shape}
@@ -56,6 +60,7 @@ class Echo(OutputMethod):
         return {"none": torch.zeros(site.shape)}
 
     def forward(self, y: Tensor, residual: Tensor, norm: Map | None, p: Params, training: bool) -> Tensor:
+        self.heard.append(y.shape[-1])
         return y + residual if norm is None else norm(y + residual)
 
 
@@ -68,9 +73,12 @@ def test_every_method_is_here() -> None:
 def test_the_parts_of_a_sublayer_are_what_they_are_said_to_be(subject: OutputSubject) -> None:
     model = subject.model()
     before = subject.run(model)
-    roles = {site.role for site in ps.plan(model, Echo(), "re:.*", task=FEATURES).sites}
-    ps.inject(model, Echo(), ",".join(sorted(roles)), task=FEATURES)
+    sites = ps.plan(model, Echo(), "re:.*", task=FEATURES).sites
+    ps.inject(model, Echo(), ",".join(sorted({site.role for site in sites})), task=FEATURES)
+    Echo.heard.clear()
     assert relative(subject.run(model), before) < 2e-5
+    missed = Counter(site.shape[0] for site in sites) - Counter(Echo.heard)
+    assert not missed, "every place is heard; ALBERT's more than once"
 
 
 @every
@@ -149,6 +157,17 @@ def test_copies_and_pickles(subject: OutputSubject, method: OutputMethod) -> Non
     fresh = ps.inject(subject.model(), trained(subject, method, seed=5))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(subject.run(fresh), before)
+
+
+@pytest.mark.parametrize(
+    "subject", [s for s in SUBJECTS if s.name != "albert"], ids=str
+)  # refused, with a reason
+@pytest.mark.parametrize("method", [HOULSBY, FUSION], ids=["houlsby", "fusion"])
+def test_files(subject: OutputSubject, method: OutputMethod, tmp_path: Path) -> None:
+    model, adapter = subject.model(), trained(subject, method)
+    worn = subject.run(ps.inject(subject.model(), adapter))
+    ps.inject(model, ps.load_adapter(ps.save_adapter(adapter, tmp_path / "out", format="adapterhub")))
+    assert torch.equal(subject.run(model), worn)
 
 
 @few
