@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from peftsurgery.errors import UnsupportedSite
+
 ATTENTION, CROSS, FEED_FORWARD = "mh_adapter", "cross_adapter", "output_adapter"
 """AdapterHub's words for the places of a layer where an adapter can be."""
 
@@ -167,10 +169,14 @@ def _opt(config: Any) -> Stack:
     return _MBART if config.do_layer_norm_before else _BART
 
 
-def _bloom(config: Any) -> Stack | None:
+def _bloom(config: Any) -> Stack:
     """The residual goes through the sublayers' own modules; it is their input where it is taken behind the norms."""
     if config.pretraining_tp > 1 and config.slow_but_exact:
-        return None
+        raise UnsupportedSite(
+            "This BLOOM multiplies with slices of its weights (`slow_but_exact`), so no module gives a sublayer's "
+            "output. Make the model with `slow_but_exact=False`; nothing was changed.",
+            site="",
+        )
     late = config.apply_residual_connection_post_layernorm
     ahead, before = ("self_attention", "mlp") if late else ("input_layernorm", "post_attention_layernorm")
     attention, feed_forward, drop = "self_attention.dense", "mlp.dense_4h_to_h", "hidden_dropout"
@@ -199,7 +205,7 @@ def _falcon(config: Any) -> Stack:
     return Stack("h", _parallel(attention, feed_forward, "ln_attn" if own else ahead))
 
 
-STACKS: Mapping[str, Stack | Callable[[Any], Stack | None]] = {
+STACKS: Mapping[str, Stack | Callable[[Any], Stack]] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra", "deberta-v2"), _BERT),
     "distilbert": _DISTILBERT,
     "mpnet": _MPNET,
@@ -224,4 +230,4 @@ STACKS: Mapping[str, Stack | Callable[[Any], Stack | None]] = {
     "swin": _SWIN,
     **dict.fromkeys(("clip_text_model", "clip_vision_model", "siglip_vision_model"), _CLIP),
 }
-"""Model type → its layers, or what they are by its configuration; None where they are not known."""
+"""Model type → its layers, or what they are by its configuration."""

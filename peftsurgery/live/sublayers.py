@@ -18,20 +18,18 @@ def stack_of(model: nn.Module) -> Stack:
     """The table's line for a model.
 
     Raises:
-        UnsupportedSite: it has none.
+        UnsupportedSite: it has none, or no module gives its sublayers' outputs.
     """
     config: Any = getattr(model, "config", None)
     kind = str(getattr(config, "model_type", ""))
-    line = STACKS.get(kind)
-    stack = line(config) if callable(line) else line
-    if stack is None:
-        variant = f" as its configuration has them (model type {kind!r})" if line else ""
+    if kind not in STACKS:
         raise UnsupportedSite(
-            f"Where the sublayers of {type(model).__name__}{variant} end is not known; it is for "
+            f"Where the sublayers of {type(model).__name__} end is not known; it is for "
             f"{listing(tuple(STACKS), len(STACKS))}. Take LoRA for it; nothing was changed.",
             site="",
         )
-    return stack
+    line = STACKS[kind]
+    return line if isinstance(line, Stack) else line(config)
 
 
 def sublayers(model: nn.Module) -> dict[str, tuple[str, Sublayer]]:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import peftsurgery as ps
 from peftsurgery.graph import weights
 from peftsurgery.graph.export import trace
 from peftsurgery.graph.generation import continuing, steps
@@ -20,6 +21,7 @@ from peftsurgery.graph.placement import placed
 from peftsurgery.graph.sampling import Sampling
 from peftsurgery.graph.session import Session
 from peftsurgery.graph.signature import signature
+from tests.output_subjects import FUSION
 from tests.subjects import transformer
 
 SCRATCH = TemporaryDirectory()
@@ -54,6 +56,8 @@ CASES = {
     "FalconForCausalLM": {},
     "GPTJForCausalLM": {**OLD, "rotary_dim": 4},
 }
+OUTPUTS = ("BloomForCausalLM", "PhiForCausalLM", "GPTJForCausalLM")
+SHALLOW = {"num_hidden_layers": 1, "n_layer": 1}
 WITHOUT_POSITIONS = {"BloomForCausalLM"}
 
 
@@ -119,6 +123,24 @@ def test_a_text_read_at_once_or_in_pieces_is_torchs(name: str) -> None:
         ids, mask = text(rows, sum(pieces))
         apart = np.abs(steps.run(ids, mask, pieces) - torch_says(model, ids, mask))
         assert apart[mask.astype(bool)].max() <= TOLERANCE, (rows, pieces)
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_fusion_works_on_words_behind_a_past(name: str, tmp_path: Path) -> None:
+    model = transformer(name, {**SIZES, **CASES[name], **SHALLOW}, spread=0.1)
+    ids, mask = text(2, 9)
+    plain = torch_says(model, ids, mask)
+    ps.inject(model, FUSION, "mh_adapter,output_adapter", seed=0)
+    noise = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.3 * torch.randn(parameter.shape, generator=noise))
+    weights.save(trace(model, signature(model)), tmp_path)
+    expected = torch_says(model, ids, mask)
+    assert np.abs(expected - plain).max() > 1e-3
+    for pieces in ([9], [5, 3, 1]):
+        apart = np.abs(Steps(tmp_path / "model.onnx").run(ids, mask, pieces) - expected)
+        assert apart[mask.astype(bool)].max() <= TOLERANCE, pieces
 
 
 @pytest.mark.parametrize("name", CASES)
