@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from peftsurgery.adapter import Adapter
 from peftsurgery.errors import PlanError
 from peftsurgery.live.grafts import Factor, Graft, Theta, twin
-from peftsurgery.live.sublayers import Sublayer, output_sites, present, stack_of, sublayers
+from peftsurgery.live.stacks import Sublayer
+from peftsurgery.live.sublayers import output_sites, present, stack_of, sublayers
 from peftsurgery.method import Map, OutputMethod
 from peftsurgery.planning import Plan, Step
 from peftsurgery.site import Kind, Site
