@@ -70,7 +70,7 @@ def export_onnx(
             own tokens alone, or a `file`, `prefix.safetensors`, that a session feeds to the graph of the base.
         dtype: `float32`, `float16` or `bfloat16`, of weights, keys, values and logits; the model's own by default.
         portable: use operators of ONNX alone, and none of ONNX Runtime's own.
-        opset: of the ONNX operators; by default 24, or 20 where torch cannot write the model in that, or of `portable`.
+        opset: of the ONNX operators; by default 24, or 20 of `portable`.
         target: what the graph is for: `cpu`, or `cuda`, with larger operators in the place of many.
         check_placement: `cuda` looks up, without a GPU, whether every node that computes has a kernel there.
         hash: let the certificate know weight files by the SHA-256 of every byte, not only by size, header, samples.

@@ -50,7 +50,7 @@ class Order:
     out: Path
     factored: bool
     task: str | None
-    opset: int | None
+    opset: int
     verify: bool
     tolerance: float | None
     reading: Reading

@@ -15,28 +15,28 @@ if TYPE_CHECKING:
     from peftsurgery.graph.placement import Placement
 
 CPU, CUDA = "cpu", "cuda"
-LARGER = 24
-"""The first opset whose larger operators CUDA runs."""
 OLDER = 20
 """What most runtimes run."""
 
 
-def opset_of(target: str, opset: int | None, *, portable: bool) -> int | None:
-    """The opset of a graph for a device; None for the newest that the model can be written in.
+def opset_of(target: str, opset: int | None, *, portable: bool) -> int:
+    """The opset of a graph for a device.
 
     Raises:
         PlanError: there is no such device, or the opset lacks its operators.
     """
     if target not in (CPU, CUDA):
         raise PlanError(f"target is {target!r} and is {CPU!r} or {CUDA!r}. Nothing was written.")
-    if opset is not None and target == CUDA and opset < LARGER:
+    from peftsurgery.graph.export import OPSET
+
+    if opset is not None and target == CUDA and opset < OPSET:
         raise PlanError(
-            f"Opset {opset} lacks the Attention that CUDA runs. Leave out `--opset`, or name {LARGER}; nothing "
+            f"Opset {opset} lacks the Attention that CUDA runs. Leave out `--opset`, or name {OPSET}; nothing "
             "was written."
         )
     if opset is not None:
         return opset
-    return LARGER if target == CUDA else OLDER if portable else None
+    return OLDER if portable and target != CUDA else OPSET
 
 
 def fused(graphs: Mapping[str, ir.Model]) -> dict[str, Any]:

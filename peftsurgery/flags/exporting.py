@@ -38,7 +38,7 @@ export_options = together(
     click.option(
         "--opset",
         type=int,
-        help="ONNX opset; 24 by default; 20 with --portable, or where torch has no 24 of it.",
+        help="ONNX opset; 24 by default; 20 with --portable.",
     ),
     click.option(
         "--no-verify",

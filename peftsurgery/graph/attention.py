@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule
-from onnxscript.rewriter.pattern import ANY_VALUE
+from onnxscript.rewriter.pattern import ANY_VALUE, OrValue
 
 from peftsurgery.graph.shapes import constant, known
 
-OPSET = 24
-"""The first one whose Attention ONNX Runtime runs on CPUs and on CUDA."""
 GROUP = 2
 """The axis on which the heads of a group are told apart: (batch, kept head, group, token, width)."""
+
+TIMES, OVER = 0, 1
+"""How scores are scaled."""
 
 
 class Heads(NamedTuple):
@@ -29,8 +30,9 @@ class Heads(NamedTuple):
 
 
 def written_out(op: Any, q: Any, k: Any, v: Any, s: Any, m: Any) -> Any:
-    """softmax(q · kᵀ · s + m) · v, each (batch, heads, tokens, width)."""
-    scores = op.Mul(op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2])), s)
+    """softmax(q · kᵀ · s + m) · v, each (batch, heads, tokens, width); or with / s, as Falcon has it."""
+    product = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))
+    scores = OrValue([op.Mul(product, s), op.Div(product, s)], tag_var="by", tag_values=[TIMES, OVER])
     return op.MatMul(op.Softmax(op.Add(scores, m), axis=-1), v)
 
 
@@ -47,22 +49,25 @@ def is_plain(_: Any, q: ir.Value, k: ir.Value, v: ir.Value, s: ir.Value, m: ir.V
     return same and scale is not None and scale.size == 1 and _heads(q, k, v) is not None
 
 
-def one_operation(op: Any, q: Any, k: Any, v: Any, s: ir.Value, m: Any, **_: Any) -> Any:
+def one_operation(op: Any, q: Any, k: Any, v: Any, s: ir.Value, m: Any, by: int, **_: Any) -> Any:
     """Attention(q, k, v, m), which repeats what has fewer heads."""
     scale = constant(s)
     assert scale is not None
-    return op.Attention(q, k, v, m, scale=float(scale.item()))
+    factor = float(scale.item())
+    return op.Attention(q, k, v, m, scale=factor if by == TIMES else 1 / factor)
 
 
-def in_groups(op: Any, q: ir.Value, k: ir.Value, v: ir.Value, s: Any, m: Any, **_: Any) -> Any:
+def in_groups(op: Any, q: ir.Value, k: ir.Value, v: ir.Value, s: Any, m: Any, by: int, **_: Any) -> Any:
     """The same products, broadcast over an axis for the heads of a group."""
     heads = _heads(q, k, v)
     assert heads is not None
     group = op.Constant(value_ints=[GROUP])
     apart = op.Constant(value_ints=[0, heads.kept, heads.query // heads.kept, -1, heads.width])
     keys = op.Transpose(op.Unsqueeze(k, group), perm=[0, 1, 2, 4, 3])
-    scores = op.Mul(op.MatMul(op.Reshape(q, apart), keys), s)
-    weights = op.Softmax(op.Add(scores, op.Unsqueeze(m, group)), axis=-1)
+    scores = (op.Mul if by == TIMES else op.Div)(op.MatMul(op.Reshape(q, apart), keys), s)
+    seen = op.Add(scores, op.Unsqueeze(m, group))
+    seen.dtype = q.dtype  # a softmax of a half is looked for by its dtype
+    weights = op.Softmax(seen, axis=-1)
     together = op.Constant(value_ints=[0, heads.query, -1, heads.width])
     return op.Reshape(op.MatMul(weights, op.Unsqueeze(v, group)), together)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -16,18 +16,15 @@ from torch import Tensor, nn
 from peftsurgery.errors import ExportError, UnsupportedModel, cause
 from peftsurgery.graph import cache, layers, linear, passes, precision, reference, sites, virtual
 from peftsurgery.graph.inputs import as_torch, sample
-from peftsurgery.graph.posture import eager, evaluating
+from peftsurgery.graph.posture import Clamped, eager, evaluating
 from peftsurgery.graph.reference import Held
 from peftsurgery.graph.signature import RECORDED, Port, Signature, call
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OPSETS = (24, 20)
-"""What is tried by default: the first whose Attention ONNX Runtime runs on CPUs and CUDA, and what most runtimes run.
-
-torch cannot write Falcon in the first one.
-"""
+OPSET = 24
+"""The first one whose Attention, RMSNormalization and RotaryEmbedding ONNX Runtime runs on CPUs and on CUDA."""
 PREFIX = "wrapped."
 Run = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Any]]
 """From a model and its inputs by name to its outputs by name."""
@@ -65,7 +62,7 @@ def trace(
     signature: Signature,
     *,
     names: Callable[[str], str] = str,
-    opset: int | None = None,
+    opset: int = OPSET,
     tables: Collection[str] = (),
     tokens: Mapping[str, Tensor] | None = None,
     held: Mapping[str, Held] | None = None,
@@ -85,7 +82,7 @@ def trace(
         names: from a parameter's name in `model` to the initializer's.
         tables: initializers that hold virtual tokens and are evaluated as far as they go.
         tokens: what to call the evaluated parts → their values (see `virtual.bake`).
-        opset: version of the ONNX operators; by default 24, or 20 where torch cannot write the model in that.
+        opset: version of the ONNX operators.
         prefix: constant keys and values that a decoder reads first (see `cache.behind`); initializers of these names.
         held: where the initializers lie whose parameters have no bytes, and stay, (out, in); or what gives them later.
         run: from the model and its inputs by name to its outputs by name.
@@ -99,8 +96,8 @@ def trace(
     """
     with layers.watched(watch or {}) as seen:
         flat = Flat(model, signature, prefix or {}, layers.telling(run, seen))
-        with evaluating(flat), eager(model), quiet():
-            graph = _first(flat, signature, OPSETS if opset is None else (opset,))
+        with evaluating(flat), eager(model), Clamped(), quiet():
+            graph = _traced(flat, signature, opset)
     remembered = layers.take_off(graph, len(signature.outputs), [*seen])
     parameters = _rename(graph, model, names)
     reference.point(graph, held or {})
@@ -117,15 +114,6 @@ def trace(
     layers.record(graph, remembered)
     sites.alias(graph, parameters)
     return graph
-
-
-def _first(flat: Flat, signature: Signature, opsets: Sequence[int]) -> ir.Model:
-    """The model in the first opset that torch can write it in."""
-    *others, last = opsets
-    for opset in others:
-        with suppress(UnsupportedModel):
-            return _traced(flat, signature, opset)
-    return _traced(flat, signature, last)
 
 
 def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:

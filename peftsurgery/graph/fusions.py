@@ -12,24 +12,61 @@ from typing import Any
 
 import onnx_ir as ir
 from onnxscript.rewriter import RewriteRule
-from onnxscript.rewriter.pattern import MatchResult
-from onnxscript.rewriter.rules.fusion._rms_normalization import RmsNormFusion
+from onnxscript.rewriter.pattern import MatchResult, OrValue
 from onnxscript.rewriter.rules.fusion._rotary_embedding import (
     PartialRotaryEmbedding23Fusion,
     RotaryEmbedding23Fusion,
 )
 
+from peftsurgery.graph.shapes import constant
+
 STANDING = ("Attention", "RMSNormalization", "RotaryEmbedding", "LayerNormalization", "Gelu")
 """The operators that stand for many."""
 
 
-class _Norm(RmsNormFusion):
-    """onnxscript's, where input and weight have one dtype: not every kernel has two."""
+def scaled(op: Any, x: Any, scale: Any, epsilon: Any, to: Any) -> Any:
+    """x / √(mean(x²) + ε) · scale, x in float32, and the quotient cast before it is scaled where that is narrower."""
+    return op.Mul(_quotient(op, x, epsilon, to), scale)
 
-    def check(self, *given: Any, **values: Any) -> Any:
-        if values["x"].dtype != values["scale"].dtype:
-            return MatchResult().fail("The weight has another dtype than the input.")
-        return super().check(*given, **values)
+
+def scaling(op: Any, x: Any, scale: Any, epsilon: Any, to: Any) -> Any:
+    """The same product in the other order."""
+    return op.Mul(scale, _quotient(op, x, epsilon, to))
+
+
+def _quotient(op: Any, x: Any, epsilon: Any, to: Any) -> Any:
+    mean = op.ReduceMean(op.Pow(x, 2.0), [-1], keepdims=1, noop_with_empty_axes=0)
+    quotient = op.Mul(x, op.Reciprocal(op.Sqrt(op.Add(mean, epsilon))))
+    return OrValue([op.Cast(quotient, to=to), quotient])
+
+
+def is_norm(_: Any, x: ir.Value, epsilon: ir.Value, **__: Any) -> bool:
+    value = constant(epsilon)
+    return x.dtype == ir.DataType.FLOAT and value is not None and value.size == 1
+
+
+def norm(op: Any, x: ir.Value, scale: ir.Value, epsilon: ir.Value, **_: Any) -> Any:
+    """RMSNormalization of one dtype, for ONNX Runtime's CPU takes no two.
+
+    That of the weight where x was cast from it. Otherwise float32: Gemma's weights, 1 + w, are exact there, and a sum
+    of T5 that is in float32, because it overflows float16, stays in it.
+    """
+    value = constant(epsilon)
+    assert value is not None
+    words = {"axis": -1, "epsilon": float(value.item()), "stash_type": ir.DataType.FLOAT}
+    own = _before_cast(x)
+    if own.dtype == scale.dtype:
+        return op.RMSNormalization(own, scale, **words)
+    if scale.dtype == x.dtype:
+        return op.RMSNormalization(x, scale, **words)
+    wide = op.RMSNormalization(x, op.Cast(scale, to=ir.DataType.FLOAT), **words)
+    return op.Cast(wide, to=scale.dtype)
+
+
+def _before_cast(x: ir.Value) -> ir.Value:
+    node = x.producer()
+    before = node.inputs[0] if node is not None and node.op_type == "Cast" else None
+    return x if before is None else before
 
 
 class _Rotary(RotaryEmbedding23Fusion):
@@ -71,7 +108,7 @@ class _NarrowRotary(_Rotary):
 
 
 ALL: Sequence[Sequence[RewriteRule]] = (
-    [_Norm.rule(f"norm {order}", mul_order=order) for order in (True, False)],  # type: ignore[no-untyped-call]
+    [RewriteRule(form, norm, is_norm) for form in (scaled, scaling)],
     [_Rotary.rule(), _NarrowRotary.rule()],  # type: ignore[no-untyped-call]
     [PartialRotaryEmbedding23Fusion.rule()],
 )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -24,16 +26,41 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
-    """Attention written out as products and a softmax, which is the leanest graph up to opset 22."""
-    choose = getattr(model, "set_attn_implementation", None)
-    if choose is None:
-        yield
-        return
-    before = model.config._attn_implementation  # type: ignore[union-attr]
-    if before != "eager":
-        choose("eager")
+    """Attention written out as products and a softmax, which is the leanest graph up to opset 22.
+
+    The configurations say it, one for every model inside: Falcon reads its own at every call, though it refuses
+    transformers' `set_attn_implementation`.
+    """
+    from transformers import PreTrainedModel
+
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    before = [config._attn_implementation for config in configs]
+    for config in configs:
+        config._attn_implementation = "eager"
     try:
         yield
     finally:
-        if before != "eager":
-            choose(before)
+        for config, words in zip(configs, before, strict=True):
+            config._attn_implementation = words
+
+
+class Clamped(TorchFunctionMode):
+    """Layers that clamp their own values where some are infinite always clamp them.
+
+    In float16 BART asks `isfinite(x).all()` and T5 `isinf(x).any()` before they clamp to 64504. A trace cannot ask, so
+    both are told that there are: what is finite and no larger stays as it is, as in mBART, which does not ask.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in (Tensor.all, Tensor.any) and any(args[0] is one for one in self.asked):
+            return torch.ones((), dtype=torch.bool, device=args[0].device) if func is Tensor.any else False
+        found = func(*args, **(kwargs or {}))
+        if func in (torch.isfinite, torch.isinf):
+            self.asked.append(found)
+        return found

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import onnx_ir as ir
-from onnx_ir.passes.common import IdentityEliminationPass
+from onnx_ir.passes.common import CommonSubexpressionEliminationPass, IdentityEliminationPass
 from onnxscript.rewriter import RewriteRule, RewriteRuleSet
 from onnxscript.rewriter.rules import common
 
 from peftsurgery.graph import attention, fusions, masks
+from peftsurgery.graph.export import OPSET
 from peftsurgery.graph.shapes import constant, known
 
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -25,10 +26,11 @@ def apply(model: ir.Model, *, fuse: bool = False) -> None:
     Args:
         fuse: norms and rotations too, into operators that stand for many.
     """
-    has_attention = model.graph.opset_imports[""] >= attention.OPSET
+    has_attention = model.graph.opset_imports[""] >= OPSET
     fused = [attention.FUSED] if has_attention else []
     larger = fusions.ALL if fuse else ()
-    for rules in (IDLE, masks.LOOKUPS, *fused, masks.BROADCASTS, *larger, FORMULAS):
+    CommonSubexpressionEliminationPass()(model)  # a pattern wants one Cast of what a norm reads twice
+    for rules in (IDLE, masks.LOOKUPS, *fused, masks.BROADCASTS, *larger, FORMULAS, ISLANDS):
         RewriteRuleSet(rules).apply_to_model(model)
         IdentityEliminationPass()(model)
 
@@ -53,6 +55,26 @@ def there_and_back(op: Any, x: Any, wide: Any, own: Any) -> Any:
 
 def is_wider(_: Any, x: ir.Value, wide: ir.Attr, own: ir.Attr, **__: Any) -> bool:
     return x.dtype in HALVES and wide.as_int() == ir.DataType.FLOAT and own.as_int() == x.dtype
+
+
+def softmax(op: Any, x: Any) -> Any:
+    """softmax(x) of a half, in float32 and rounded once."""
+    return op.Softmax(x, _allow_other_attributes=True, _outputs=["weights"])
+
+
+def is_half(_: Any, x: ir.Value, **__: Any) -> bool:
+    return x.dtype in HALVES
+
+
+def island(op: Any, x: ir.Value, weights: ir.Value) -> Any:
+    wide = op.Softmax(op.Cast(x, to=ir.DataType.FLOAT), axis=_axis(weights))
+    return op.Cast(wide, to=x.dtype)
+
+
+def _axis(weights: ir.Value) -> int:
+    node = weights.producer()
+    said = None if node is None else node.attributes.get("axis")
+    return -1 if said is None else said.as_int()
 
 
 def both(op: Any, truth: Any, x: Any) -> Any:
@@ -157,3 +179,5 @@ FORMULAS = (
     RewriteRule(view, constant_view, is_computed),
 )
 """What can be said in fewer words."""
+ISLANDS = (RewriteRule(softmax, island, is_half),)
+"""What half precision computes in float32; after the others, which know a softmax by its bare form."""

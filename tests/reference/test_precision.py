@@ -6,19 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
+from onnx_ir.tensor_adapters import to_torch_dtype
 from torch import nn
 from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
 
 import peftsurgery as ps
-from peftsurgery.graph import parity, weights
+from peftsurgery.graph import parity, seq2seq, weights
 from peftsurgery.graph.export import trace
+from peftsurgery.graph.pair import Pair, opened
+from peftsurgery.graph.placement import placed
 from peftsurgery.graph.session import Session
 from peftsurgery.graph.signature import signature
 from peftsurgery.live.precision import coarsest, convert, exact
 from tests.cli.conftest import adapter_for
 from tests.reference.test_export_decoders import CASES, SIZES
+from tests.reference.test_export_seq2seq import GATED, SMALL_BART, Case, texts
 from tests.subjects import transformer
 
 BERT = BertConfig(
@@ -47,12 +52,61 @@ def test_a_half_is_near_float32_from_the_same_weights(name: str, dtype: torch.dt
     said, session = signature(model), saved(model, tmp_path)
     assert {port.dtype for port in said.outputs} == {str(dtype).removeprefix("torch.")}
     assert session.widened == (dtype is torch.bfloat16)
+    near(session, model, dtype)
+    assert coarsest(model) is dtype
+
+
+def near(runner: Session | Pair, model: nn.Module, dtype: torch.dtype) -> None:
+    """Within two steps of the dtype of the same rounded weights in float32; not equal, for it is a half."""
+    said = signature(model)
     with exact(model):
         reference = parity.torch_runner(model, signature(model))
-        accepted = parity.tolerance(dtype, widened=session.widened)
-        found = parity.check(parity.compare(session, reference, said, accepted=accepted))
+        accepted = parity.tolerance(dtype, widened=runner.widened)
+        found = parity.check(parity.compare(runner, reference, said, accepted=accepted))
     assert 0 < found.max_abs_diff / found.worst.scale < 2 * torch.finfo(dtype).eps
-    assert coarsest(model) is dtype
+
+
+@pytest.mark.parametrize(("name", "opset"), [("LlamaForCausalLM", 20), ("BloomForCausalLM", 24)], ids=str)
+def test_a_softmax_is_in_float32(name: str, opset: int) -> None:
+    """Of heads that share keys and values in opset 20, and of scores that no Attention knows."""
+    model = made(name, num_hidden_layers=1)
+    convert(model, torch.float16)
+    (node,) = (n for n in trace(model, signature(model), opset=opset).graph if n.op_type == "Softmax")
+    ((after, _),) = node.outputs[0].uses()
+    assert cast_to(node.inputs[0].producer()) is torch.float32 and cast_to(after) is torch.float16
+
+
+def cast_to(node: ir.Node) -> torch.dtype:
+    assert node.op_type == "Cast"
+    return to_torch_dtype(ir.DataType(node.attributes["to"].as_int()))
+
+
+@pytest.mark.parametrize("subject", [SMALL_BART, GATED], ids=str)
+def test_encoder_decoders_that_clamp_themselves_are_near_in_float16(subject: Case, tmp_path: Path) -> None:
+    model = subject.model()
+    convert(model, torch.float16)
+    files = [saved_half(half, tmp_path) for half in seq2seq.halves(model, signature(model))]
+    near(opened(files), model, torch.float16)
+
+
+def test_what_overflows_is_clamped_as_torch_does(tmp_path: Path) -> None:
+    model = SMALL_BART.model()
+    with torch.no_grad():
+        model.model.encoder.layers[-1].final_layer_norm.weight.fill_(60000)
+    convert(model, torch.float16)
+    encoder = Session(saved_half(seq2seq.halves(model, signature(model))[0], tmp_path), ["cpu"])
+    feeds = texts()
+    with torch.no_grad():
+        expected = model.model.encoder(**feeds).last_hidden_state.numpy()
+    found = encoder({name: tensor.numpy() for name, tensor in feeds.items()})["last_hidden_state"]
+    assert expected.max() == found.max() == 64504 and np.isfinite(found).all()
+
+
+def saved_half(half: seq2seq.Half, directory: Path) -> Path:
+    """The file of one of an encoder-decoder's two graphs, every node of which CUDA has a kernel for."""
+    graph = trace(half.module, half.signature, run=seq2seq.run, fuse=True)
+    assert placed(graph).lost == ()
+    return weights.save(graph, directory, half.file)[0]
 
 
 def test_a_row_that_sees_nothing_is_finite_in_float16(tmp_path: Path) -> None:
