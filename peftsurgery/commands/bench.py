@@ -1,4 +1,4 @@
-"""bench: how fast an export reads and writes, beside torch and the graph of torch's own exporter."""
+"""bench: how fast an export reads, sees and writes, beside torch and the graph of torch's own exporter."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peftsurgery.adapter import Adapter, check
 from peftsurgery.commands.adapter_files import Adapters, gather
-from peftsurgery.commands.contestants import OURS, Contestants, Course, Sessions, contestants, tried
+from peftsurgery.commands.contestants import OURS, Contestants, Course, Sessions, contestants, shape, tried
 from peftsurgery.commands.operating import operated
-from peftsurgery.commands.plotting import check_plot, plot_bars
+from peftsurgery.commands.plotting import bars, check_plot, plot_bars
 from peftsurgery.commands.report import Report
 from peftsurgery.commands.sides import config_of, graphs_of
 from peftsurgery.commands.words import whole_numbers
@@ -25,28 +25,34 @@ if TYPE_CHECKING:
     from peftsurgery.graph.signature import Signature
 
 READING, WRITING = "reading", "writing"
-"""The laps: the texts at once (an encoder's whole work), and a token a step behind them."""
+"""The laps: texts or images at once (an encoder's whole work), and a token a step behind texts."""
 
 
 class Row(NamedTuple):
     """One contestant's time for one lap of one course.
 
     Args:
+        length: tokens of a row; None of images.
         p25, median: milliseconds.
         iqr: from the first quartile to the third, as a share of the median.
-        tokens_per_second: of the median.
+        per_second: tokens, or images, in the median.
         over_ours: the median of its time over ours in the same round.
     """
 
     batch: int
-    length: int
+    length: int | None
     lap: str
     contestant: str
     p25: float
     median: float
     iqr: float
-    tokens_per_second: float
+    per_second: float
     over_ours: float
+
+    @property
+    def shape(self) -> str:
+        """The course, in words."""
+        return shape(self.batch, self.length)
 
 
 def bench(
@@ -67,7 +73,7 @@ def bench(
     trust_remote_code: bool = False,
     listen: Listener = ignore,
 ) -> Report:
-    """Time an export: reading texts, and, where it writes, writing a token a step with its cache.
+    """Time an export: reading texts or seeing images, and, where it writes, writing a token a step with its cache.
 
     Beside the model of `against` in torch, compiled by torch, and as the graph of torch's own exporter, they run in
     turns, one run of each to a round, so that what slows the machine down slows all. Who cannot run is left out with
@@ -79,7 +85,7 @@ def bench(
         adapters: merged into `against` first, where they can be.
         weight: a factor for each adapter's effect.
         task: the task of `against`, where its checkpoint does not say it; the export's by default.
-        batch: rows of the texts, `1,8` or numbers; every row but the first is padded.
+        batch: rows of the texts, `1,8` or numbers; every row but the first is padded; or images, of the model's size.
         length: tokens of a row; what the model has no positions for is left out.
         new_tokens: how many tokens are written behind each text.
         runs: rounds that count, two at least; two more go before.
@@ -157,10 +163,8 @@ def _fitting(said: Signature, lengths: Sequence[int], new_tokens: int) -> tuple[
     """The lengths that the model has positions for, with what is written behind them, and the others."""
     from peftsurgery.graph.signature import GENERATION
 
-    if said.inputs[0].name != "input_ids":
-        raise PlanError(
-            "The export takes no tokens, and texts are what bench feeds. Time it with your own images."
-        )
+    if said.sees:
+        return [1], []
     behind = new_tokens + 1 if said.task == GENERATION else 0
     fit = [n for n in lengths if not said.longest or n + behind <= said.longest]
     if not fit:
@@ -197,7 +201,7 @@ def _raced(
 ) -> tuple[list[Row], dict[str, str]]:
     found, lost = list[Row](), dict[str, str]()
     for done, course in enumerate(courses):
-        listen(Event("bench", f"{course.batch} × {course.length}", done, len(courses)))
+        listen(Event("bench", shape(course.batch, course.tokens), done, len(courses)))
         able, unable = tried({n: c for n, c in field.able.items() if n not in lost}, course)
         lost.update(unable)
         found += _rows(course, turns(able, runs))
@@ -212,7 +216,7 @@ def _rows(course: Course, times: dict[str, list[Times]]) -> Iterator[Row]:
             one = laps[at]
             yield Row(
                 course.batch,
-                course.length,
+                course.tokens,
                 lap,
                 name,
                 one.p25 * 1e3,
@@ -244,20 +248,22 @@ def _report(facts: Mapping[str, Any], found: Sequence[Row]) -> Report:
 
 
 def _table(found: Sequence[Row]) -> list[tuple[str, ...]]:
-    head = ("batch × length", "lap", "who", "p25 ms", "median ms", "IQR", "tokens/s", "over ours")
+    counted = "images/s" if found[0].length is None else "tokens/s"
+    head = ("batch × length", "lap", "who", "p25 ms", "median ms", "IQR", counted, "over ours", "")
     return [
         head,
         *(
             (
-                f"{row.batch} × {row.length}",
+                row.shape,
                 row.lap,
                 row.contestant,
                 f"{row.p25:.2f}",
                 f"{row.median:.2f}",
                 f"{row.iqr:.0%}",
-                f"{row.tokens_per_second:.0f}",
+                f"{row.per_second:.0f}",
                 f"{row.over_ours:.2f}",
+                bar,
             )
-            for row in found
+            for row, bar in zip(found, bars(found), strict=True)
         ),
     ]

@@ -25,11 +25,11 @@ OURS, EAGER, COMPILED, STOCK = "ours", "torch", "torch.compile", "torch.onnx.exp
 
 
 class Course(NamedTuple):
-    """What all of them run: texts of one length, and what is written behind them.
+    """What all of them run: texts of one length, and what is written behind them; or images.
 
     Args:
         said: the inputs of the model.
-        batch, length: rows, and tokens of each; every row but the first is padded.
+        batch, length: rows, and tokens of each; every row but the first is padded. An image is of length 1.
         new_tokens: how many are written, where the model writes.
     """
 
@@ -37,6 +37,11 @@ class Course(NamedTuple):
     batch: int
     length: int
     new_tokens: int
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of a row; None of images."""
+        return None if self.said.sees else self.length
 
     @property
     def feeds(self) -> Mapping[str, Array]:
@@ -50,6 +55,13 @@ class Contestants(NamedTuple):
 
     able: Mapping[str, Any]
     unable: Mapping[str, str]
+
+
+def shape(batch: int, tokens: int | None) -> str:
+    """A course in words."""
+    if tokens is None:
+        return f"{batch} {'image' if batch == 1 else 'images'}"
+    return f"{batch} × {tokens}"
 
 
 @contextmanager

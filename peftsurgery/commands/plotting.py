@@ -1,4 +1,4 @@
-"""A chart of what was timed."""
+"""Charts of what was timed: in a file, and in the cells of a table."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from peftsurgery.commands.bench import Row
 
 FORMATS = (".png", ".svg", ".pdf")
+BLOCK, WIDTH = "█", 16
+"""A bar in a table, and the longest there."""
 
 
 def check_plot(plot: str | Path | None) -> None:
@@ -32,22 +34,34 @@ def check_plot(plot: str | Path | None) -> None:
         )
 
 
+def bars(rows: Sequence[Row]) -> list[str]:
+    """For each row a bar as long as its median, beside the longest of its course and lap."""
+    longest = {key: max(row.median for row in cells) for key, cells in _courses(rows).items()}
+    return [BLOCK * max(1, round(WIDTH * row.median / longest[row.shape, row.lap])) for row in rows]
+
+
+def _courses(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Those that are compared with one another, by course and lap."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row.shape, row.lap), []).append(row)
+    return found
+
+
 def plot_bars(file: Path, rows: Sequence[Row], title: str) -> None:
     """Median milliseconds of every contestant, a panel for each course and lap."""
     from matplotlib.figure import Figure
 
-    panels: dict[tuple[int, int, str], list[Row]] = {}
-    for row in rows:
-        panels.setdefault((row.length, row.batch, row.lap), []).append(row)
+    panels = _courses(rows)
     figure = Figure(figsize=(3 * min(3, len(panels)), 2.2 * -(-len(panels) // 3)), layout="constrained")
     figure.suptitle(title)
-    for number, ((length, batch, lap), cells) in enumerate(panels.items(), 1):
+    for number, ((shape, lap), cells) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(-(-len(panels) // 3), min(3, len(panels)), number)
         bars = axes.barh([row.contestant for row in cells], [row.median for row in cells])
         axes.bar_label(bars, fmt="%.2f", padding=2)
         axes.invert_yaxis()
         axes.margins(x=0.25)
-        axes.set_title(f"{lap}, {batch} × {length}", fontsize="medium")
+        axes.set_title(f"{lap}, {shape}", fontsize="medium")
         axes.set_xlabel("ms")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)

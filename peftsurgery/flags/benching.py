@@ -17,7 +17,7 @@ benching_options = together(
     ),
     weight_option,
     click.option("--task", help="The task of --against, where its checkpoint does not say it."),
-    click.option("--batch", default="1,8", show_default=True, help="Rows of the texts."),
+    click.option("--batch", default="1,8", show_default=True, help="Rows of the texts, or images."),
     click.option("--length", default="16,128,512", show_default=True, help="Tokens of a row."),
     click.option(
         "--new-tokens",

@@ -50,7 +50,7 @@ def batch(
     random: np.random.Generator, signature: Signature, rows: int, columns: int, past: int = 0
 ) -> dict[str, Array]:
     """One random batch; behind a `past` the rows go on with `columns` tokens."""
-    if signature.inputs[0].name == PIXELS:
+    if signature.sees:
         return {PIXELS: _image(random, signature.inputs[0], rows)}
     total = past + columns
     mask = _mask(signature, [max(1, total - total * row // rows) for row in range(rows)])

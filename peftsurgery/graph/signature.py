@@ -105,6 +105,11 @@ class Signature:
     longest: int = 0
     start_id: int = 0
 
+    @property
+    def sees(self) -> bool:
+        """Whether it takes images, of the one size that its input says."""
+        return self.inputs[0].name == PIXELS
+
 
 def signature(model: nn.Module, task: str | None = None) -> Signature:
     """The signature of a transformers model; it is run once, on two short rows of tokens or two images.

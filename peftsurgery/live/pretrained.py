@@ -37,19 +37,20 @@ def config(path: Path, labels: int | None = None, *, trust_remote_code: bool = F
 def model_class(config: Any, task: Task | None, *, trust_remote_code: bool = False) -> Any:
     """The class that plays `task` with this configuration; without a task, the one the checkpoint was saved from.
 
+    A checkpoint with a projection keeps it: the task is the same with it on top.
+
     Raises:
         CheckpointError: the architecture has no such class.
     """
     import transformers
 
-    if task is None:
-        names = [name for name in config.architectures or () if hasattr(transformers, name)]
-        return (
-            getattr(transformers, names[0])
-            if names
-            else _mapped(transformers.AutoModel, config, trust_remote_code)
-        )
-    return _mapped(getattr(transformers, task.auto), config, trust_remote_code)
+    own = [name for name in config.architectures or () if hasattr(transformers, name)]
+    if task is None and own:
+        return getattr(transformers, own[0])
+    auto = transformers.AutoModel if task is None else getattr(transformers, task.auto)
+    found = _mapped(auto, config, trust_remote_code)
+    projecting = f"{found.__name__}WithProjection"
+    return getattr(transformers, projecting) if projecting in own else found
 
 
 def load(

@@ -12,6 +12,8 @@ import torch
 from click.testing import Result
 
 import peftsurgery as ps
+from peftsurgery.commands.bench import Row
+from peftsurgery.commands.plotting import bars
 from peftsurgery.errors import ExportError, PlanError
 from tests.subjects import transformer
 
@@ -59,7 +61,7 @@ def test_a_decoder_beside_its_model(run: Run, llama: Path, tmp_path: Path) -> No
     ]
     for row in found["rows"]:
         tokens = row["batch"] * (row["length"] if row["lap"] == "reading" else 3)
-        assert row["tokens_per_second"] == pytest.approx(tokens / row["median"] * 1e3)
+        assert row["per_second"] == pytest.approx(tokens / row["median"] * 1e3)
         assert 0 < row["p25"] <= row["median"]
     assert all(row["over_ours"] == 1 for row in found["rows"] if row["contestant"] == "ours")
     length, compiler = found["left_out"]
@@ -77,10 +79,33 @@ def test_an_encoder_decoder(tmp_path: Path) -> None:
     assert [why.split(":")[0] for why in report.facts["left_out"]] == ["torch.onnx.export", "torch.compile"]
 
 
+@pytest.mark.usefixtures("no_compiler")
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "CLIPVisionModelWithProjection"])
+def test_images(run: Run, tmp_path: Path, name: str) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    transformer(name, {**sizes, "image_size": 8, "patch_size": 4}).save_pretrained(tmp_path / "model")
+    ps.export_onnx(tmp_path / "model", out=tmp_path / "onnx", verify=False)
+    words = ("bench", tmp_path / "onnx", "--against", tmp_path / "model", "--batch", "1,3", "--runs", 2)
+    found = json.loads(run(*words, "--json").stdout)
+    assert [(row["batch"], row["length"], row["lap"], row["contestant"]) for row in found["rows"]] == [
+        (rows, None, "reading", name) for rows in (1, 3) for name in ("ours", "torch", "torch.onnx.export")
+    ]
+    for row in found["rows"]:
+        assert row["per_second"] == pytest.approx(row["batch"] / row["median"] * 1e3)
+
+
+def test_bars_are_as_long_as_the_medians() -> None:
+    def row(who: str, lap: str, median: float) -> Row:
+        return Row(8, None, lap, who, median, median, 0.0, 1.0, 1.0)
+
+    rows = [row("a", "reading", 4.0), row("b", "reading", 1.0), row("a", "writing", 0.1)]
+    assert [len(bar) for bar in bars(rows)] == [16, 4, 16]
+
+
 def test_an_export_alone(run: Run, bert: Path, tmp_path: Path) -> None:
     assert run("export-onnx", bert, "--no-verify", "-o", tmp_path / "onnx").exit_code == 0
     shown = run("bench", tmp_path / "onnx", "--batch", 1, "--length", "8", "--runs", 2).stdout
-    assert "nothing to compare" in shown and "1 × 8" in shown
+    assert "nothing to compare" in shown and "1 × 8" in shown and "█" * 16 in shown
 
 
 @pytest.mark.parametrize(
