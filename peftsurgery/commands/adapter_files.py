@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from peftsurgery.adapter import Adapter, scale
+from peftsurgery.adapter import Adapter, check, scale
 from peftsurgery.disk import adapterhub, peft
 from peftsurgery.disk.durable import staged
 from peftsurgery.disk.locate import locate
@@ -106,9 +106,10 @@ class Given:
 
 
 def given(adapters: Adapters, weight: Sequence[float] = (), *, allow_pickle: bool = False) -> list[Given]:
-    """Adapters in whatever form they were given; what is folded tensor by tensor stays in its file until then.
+    """Adapters in whatever form they were given, checked; what is folded by tensors stays in its file until then.
 
     Raises:
+        MismatchedTensors, NonFiniteWeight, AdapterError: one is not whole.
         PlanError: there are more weights than adapters, or none of the latter.
     """
     listed = [adapters] if isinstance(adapters, Adapter | str | Path) else list(adapters)
@@ -134,7 +135,7 @@ def _called(file: Path, directory: Path) -> str:
 
 def _loaded(one: Adapter | str | Path, allow_pickle: bool) -> Adapter:
     if isinstance(one, Adapter):
-        return one
+        return check(one)
     adapter = _read(one, None, allow_pickle)
     return adapter if adapterhub.is_here(locate(one)) else replace(adapter, name=adapter_name(one))
 

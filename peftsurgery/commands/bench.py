@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from peftsurgery.adapter import Adapter, check
+from peftsurgery.adapter import Adapter
 from peftsurgery.commands.adapter_files import Adapters, gather
 from peftsurgery.commands.contestants import OURS, Contestants, Course, Sessions, contestants, shape, tried
 from peftsurgery.commands.operating import operated
@@ -130,7 +130,7 @@ def _facts(
 
 
 def _worn(adapters: Adapters, weight: Sequence[float], against: object, allow_pickle: bool) -> list[Adapter]:
-    given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
+    given = gather(adapters, weight, allow_pickle=allow_pickle) if adapters else []
     if given and against is None:
         raise PlanError(
             "An adapter goes on the model of `--against`, and there is none. Name it, or leave it out."

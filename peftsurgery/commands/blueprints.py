@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from contextlib import suppress
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def _place(path: Path, names: tuple[str, ...], task: Task | None, labels: int | 
     return home.expanduser() / f"{digest.hexdigest()}.json"
 
 
+@cache
 def _own_code() -> str:
     """A digest of what draws."""
     files = sorted(Path(live.__path__[0]).glob("*.py"))
@@ -63,8 +65,14 @@ def _own_code() -> str:
 
 def _remembered(file: Path) -> Blueprint | None:
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return Blueprint.from_json(json.loads(file.read_bytes()))
+        return _read(file, file.stat().st_mtime_ns)
     return None
+
+
+@lru_cache(maxsize=4)
+def _read(file: Path, modified: int) -> Blueprint:
+    """What is in a file, asked once of one that does not change."""
+    return Blueprint.from_json(json.loads(file.read_bytes()))
 
 
 def _remember(file: Path, found: Blueprint) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from peftsurgery.adapter import Adapter, check, rebased
+from peftsurgery.adapter import Adapter, rebased
 from peftsurgery.commands.assembled_weights import Part
 from peftsurgery.commands.fitting import folded_groups
 from peftsurgery.commands.stored_weights import Base
@@ -33,7 +33,7 @@ def changed(base: Base, adapters: Sequence[Adapter]) -> Base:
         NotReferable: an adapter changes what transformers assembles on loading.
     """
     state = frozenset(base.model.state_dict())
-    fitted = [rebased(check(adapter), sites(base.model), state)[0] for adapter in adapters]
+    fitted = [rebased(adapter, sites(base.model), state)[0] for adapter in adapters]
     _check_stored(base, touches(*fitted))
     cast = {name: made.origin for name, made in base.made.items() if isinstance(made, Piece)}
     stored = {**base.held, **cast}

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftsurgery.adapter import check
 from peftsurgery.commands.adapter_files import Adapters, given
 from peftsurgery.commands.by_reference import export_by_reference
 from peftsurgery.commands.copied import INLINE, export_copied
@@ -83,7 +82,7 @@ def export_onnx(
         AdapterError, FoldError, CheckpointError, PlanError.
     """
     taken = given(adapters, weight, allow_pickle=allow_pickle) if adapters else []
-    scaled = [check(one.scaled) for one in taken]
+    scaled = [one.scaled for one in taken]
     said = (
         factored,
         task,

@@ -21,7 +21,10 @@ from peftsurgery.errors import FleetError, PlanError, SurgeryError, listing
 from peftsurgery.events import Event, Listener
 
 TOGETHER, ROOM = 16, 256 << 20
-"""How many models are written in one pass over the base at most, and the bytes of their adapters' files."""
+"""How many models are written in one pass over the base at most, and the bytes of their adapters' files.
+
+The latter are also what is held of merges that are ready.
+"""
 SHOWN = 3
 """Of how many adapters that failed the message tells why; the report tells it of all."""
 
@@ -96,11 +99,18 @@ def _is_taken(fleet: Fleet, entry: Entry) -> bool:
 
 
 def _sharing(fleet: Fleet) -> Sharing:
-    """The layout in which every tensor that some models leave alone is written once."""
-    found = []
+    """The layout in which every tensor that some models leave alone is written once.
+
+    What is prepared for it stays ready for writing, as far as memory is meant to hold it.
+    """
+    found, room = [], ROOM
     for entry in fleet.entries:
         with suppress(SurgeryError):  # it will be told when its turn comes
-            found.append(untouched(fleet.prepared(entry).plan(fleet.job.out).tasks))
+            prepared = fleet.prepared(entry)
+            found.append(untouched(prepared.plan(fleet.job.out).tasks))
+            room -= prepared.nbytes
+            if room >= 0:
+                fleet.ready[entry.name] = prepared
     shards = open_checkpoint(locate(fleet.job.model)).shards
     largest = max(sum(stored.nbytes for stored in shard.tensors) for shard in shards)
     return Sharing(fleet.job.out / STORE, groups(found), fleet.job.max_shard_size or largest)

@@ -30,19 +30,20 @@ class Fleet:
         entries: the adapters, each with the name of its model.
         job: what all merges have in common; `out` is the directory of all models.
         load: reads the adapter of a directory.
+        ready: merges that are prepared already, by name.
     """
 
     entries: tuple[Entry, ...]
     job: Job
     load: Callable[[Path], tuple[Given, ...]]
+    ready: dict[str, Prepared] = field(default_factory=dict)
 
     def prepared(self, entry: Entry) -> Prepared:
-        """The merge of one adapter; see `prepare` for what it raises."""
-        return prepare(
-            replace(
-                self.job, given=self.load(entry.path), out=self.job.out / entry.name, share_untouched=False
-            )
-        )
+        """The merge of one adapter, which is not ready afterwards; see `prepare` for what it raises."""
+        if entry.name in self.ready:
+            return self.ready.pop(entry.name)
+        given, out = self.load(entry.path), self.job.out / entry.name
+        return prepare(replace(self.job, given=given, out=out, share_untouched=False))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftsurgery.adapter import Adapter, check, rebased
+from peftsurgery.adapter import Adapter, rebased
 from peftsurgery.commands.adapter_files import Adapters, Given, given
 from peftsurgery.commands.adapter_list import listed
 from peftsurgery.commands.companions import carry
@@ -83,7 +83,14 @@ def merge(
     """
     if in_place or undo is not None:
         _check_in_place(model, in_place, out, untie or dtype is not None or max_shard_size is not None)
-    _check_words(model, adapters, weight, in_place, adapters_from, share_untouched, engine, resume)
+    _check_adapters(adapters, weight, adapters_from)
+    if in_place or not isinstance(model, str | Path) or str(model).endswith(".onnx"):
+        anew = {
+            "--share-untouched": share_untouched,
+            "--resume": resume,
+            f"--engine {engine}": engine != "local",
+        }
+        _check_not_anew({"--adapters-from": adapters_from is not None, **anew})
     load = partial(_given, weight=weight, allow_pickle=allow_pickle)
     taken = load(adapters) if adapters_from is None else ()
     if not isinstance(model, str | Path):
@@ -102,9 +109,9 @@ def merge(
 
 
 def _given(adapters: Adapters, *, weight: Sequence[float], allow_pickle: bool) -> tuple[Given, ...]:
-    """The adapters, checked; what does not fold is refused before a model is looked at."""
+    """The adapters; what does not fold is refused before a model is looked at."""
     found = tuple(given(adapters, weight, allow_pickle=allow_pickle))
-    touches(*(check(one.scaled) for one in found))
+    touches(*(one.scaled for one in found))
     return found
 
 
@@ -124,31 +131,22 @@ def _check_in_place(model: object, in_place: bool, out: object, reshaped: bool) 
         raise PlanError("A live model is changed in place anyway: call `merge(model, adapter)`.")
 
 
-def _check_words(
-    model: object,
-    adapters: Adapters,
-    weight: Sequence[float],
-    in_place: bool,
-    adapters_from: object,
-    share_untouched: bool,
-    engine: str,
-    resume: bool,
-) -> None:
-    """Refuse words that do not go together."""
-    listed_ones = adapters_from is not None
-    if listed_ones == (isinstance(adapters, Adapter | str | Path) or bool(adapters)):
+def _check_adapters(adapters: Adapters, weight: Sequence[float], adapters_from: object) -> None:
+    if (adapters_from is not None) == (isinstance(adapters, Adapter | str | Path) or bool(adapters)):
         raise PlanError(
             "A merge takes adapters, or a list of them with `--adapters-from`: one of the two. Nothing was changed."
         )
-    if listed_ones and len(weight) > 1:
+    if adapters_from is not None and len(weight) > 1:
         raise PlanError("A list of adapters takes one `--weight`, which is that of all. Nothing was changed.")
-    anew = {"--adapters-from": listed_ones, "--share-untouched": share_untouched, "--resume": resume}
-    for word, said in {**anew, f"--engine {engine}": engine != "local"}.items():
-        if said and (in_place or not isinstance(model, str | Path) or str(model).endswith(".onnx")):
-            raise PlanError(
-                f"`{word}` is for a checkpoint that is written into a new directory. Give the model's directory, "
-                "and that one as `-o OUT`; nothing was changed."
-            )
+
+
+def _check_not_anew(words: Mapping[str, bool]) -> None:
+    """Refuse words that mean something for a checkpoint that is written into a new directory alone."""
+    for word in (word for word, said in words.items() if said):
+        raise PlanError(
+            f"`{word}` is for a checkpoint that is written into a new directory. Give the model's directory, "
+            "and that one as `-o OUT`; nothing was changed."
+        )
 
 
 def _merge_live(model: nn.Module, adapters: Sequence[Adapter], untie: bool, listen: Listener) -> Undo:

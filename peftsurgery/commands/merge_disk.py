@@ -41,6 +41,8 @@ from peftsurgery.tally import EVERY, measured
 CONFIG = "config.json"
 OPTIONS = ("untie", "task", "dtype", "max_shard_size")
 """The words of a job that decide what the model is."""
+OUTLINE = 2500
+"""Bytes that a site of an adapter takes, without its parameters: measured with a LoRA on Llama's layers."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -92,6 +94,13 @@ class Prepared:
     checkpoint: Checkpoint
     fit: Fit
     source: Inputs
+
+    @property
+    def nbytes(self) -> int:
+        """What it holds in memory, about: heads, and the outlines of parameters, which stay in their files."""
+        adapters = self.fit.adapters
+        heads = sum(tensor.nbytes for adapter in adapters for tensor in adapter.replaced.values())
+        return heads + sum(len(adapter.plan.steps) for adapter in adapters) * OUTLINE
 
     def plan(self, directory: Path) -> Planned:
         """What is to be written into `directory`, which is the output or becomes it."""

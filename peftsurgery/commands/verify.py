@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peftsurgery.adapter import check
 from peftsurgery.commands import texts as spoken
 from peftsurgery.commands.adapter_files import Adapters, gather, given
 from peftsurgery.commands.judging import Found, judged
@@ -79,7 +78,7 @@ def verify(
     """
     if bits or sample is not None:
         return _bits(model, against, adapters, weight, task, sample, allow_pickle, trust_remote_code, listen)
-    given = [check(a) for a in gather(adapters, weight, allow_pickle=allow_pickle)] if adapters else []
+    given = gather(adapters, weight, allow_pickle=allow_pickle) if adapters else []
     listen(Event("verify", "loading", 0, 2))
     worn = Worn(given, task, trust_remote_code, reading)
     with _sides(model, against, worn) as (left, right):
@@ -103,8 +102,6 @@ def _bits(
     if not isinstance(model, str | Path) or not isinstance(against, str | Path):
         raise PlanError("`bits` compares directories. Save the model first, or leave `bits` out to run both.")
     listed = given(adapters, weight, allow_pickle=allow_pickle) if adapters else []
-    for one in listed:
-        check(one.adapter)
     return verify_merged(
         model,
         against,

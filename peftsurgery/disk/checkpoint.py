@@ -7,10 +7,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from torch import Tensor
 
+from peftsurgery.disk.identity import Stamp, stamp
 from peftsurgery.disk.marker import check_whole
 from peftsurgery.disk.shard import Shard, Stored, load, read_shard
 from peftsurgery.errors import CheckpointError, MissingShard, UnsafePath, listing
@@ -67,7 +69,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     check_whole(path)
     if (path / SINGLE).is_file():
-        return Checkpoint(path, (read_shard(path / SINGLE),))
+        return Checkpoint(path, (_shard(path / SINGLE),))
     if (path / INDEX).is_file():
         return _indexed(path)
     raise CheckpointError(f"{path} holds neither {SINGLE} nor {INDEX}. {_remedy(path)}")
@@ -167,7 +169,7 @@ def _named_shard(path: Path, file: str, names: list[str]) -> Shard:
             f"{file} is not in {path}, and {INDEX} puts {len(names)} tensors there: {listing(names)}. "
             "Download the model again; nothing was changed."
         )
-    shard = read_shard(path / file)
+    shard = _shard(path / file)
     lost = sorted(set(names) - {stored.name for stored in shard.tensors})
     if lost:
         raise CheckpointError(
@@ -175,6 +177,16 @@ def _named_shard(path: Path, file: str, names: list[str]) -> Shard:
             "Download or save the model again; nothing was changed."
         )
     return shard
+
+
+def _shard(file: Path) -> Shard:
+    """`read_shard`, asked once of a file that does not change: a fleet opens its base for every adapter."""
+    return _asked(file, stamp(file))
+
+
+@lru_cache(maxsize=1024)
+def _asked(file: Path, stamp: Stamp) -> Shard:
+    return read_shard(file)
 
 
 def _remedy(path: Path) -> str:

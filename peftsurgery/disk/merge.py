@@ -12,8 +12,7 @@ from torch import Tensor
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.disk.checkpoint import Checkpoint, Stored
-from peftsurgery.disk.engines import local
-from peftsurgery.disk.parts import finish, outline, written, written_dtype
+from peftsurgery.disk.parts import finish, outline, written_dtype
 from peftsurgery.disk.pieces import Piece
 from peftsurgery.disk.writer import ShardDone, ShardTask
 from peftsurgery.errors import (
@@ -24,7 +23,6 @@ from peftsurgery.errors import (
     listing,
     nearest,
 )
-from peftsurgery.events import Listener, ignore
 from peftsurgery.fold import touches
 from peftsurgery.method import WeightMethod
 from peftsurgery.tally import Tally
@@ -86,39 +84,6 @@ class Merged:
 def identity(name: str) -> str:
     """The renaming that renames nothing."""
     return name
-
-
-def merge(
-    checkpoint: Checkpoint,
-    adapters: Sequence[Adapter],
-    directory: Path,
-    *,
-    rename: Callable[[str], str] = identity,
-    twins: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = None,
-    max_shard_size: int | None = None,
-    device: str = "cpu",
-    measure: int = 0,
-    listen: Listener = ignore,
-) -> Merged:
-    """Write `checkpoint` with every adapter folded into it, into an existing empty `directory`; see `plan`.
-
-    Raises:
-        UnclaimedSites, UnsupportedSite, MismatchedTensors: before anything is written.
-        NonFiniteWeight, CheckpointError: folding gave a NaN; a file cannot be written.
-    """
-    planned = plan(
-        checkpoint,
-        adapters,
-        directory,
-        rename=rename,
-        twins=twins or {},
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        device=device,
-        measure=measure,
-    )
-    return finished(directory, planned, written(planned.tasks, local, listen))
 
 
 def finished(directory: Path, planned: Planned, done: Iterable[ShardDone]) -> Merged:

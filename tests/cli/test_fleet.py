@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import peftsurgery as ps
-from peftsurgery.commands import fleet
+from peftsurgery.commands import fleet, fleet_pass
 from peftsurgery.disk import durable
 from peftsurgery.disk.checkpoint import INDEX, open_checkpoint
 from peftsurgery.disk.lock import locked
@@ -148,6 +148,20 @@ def test_transformers_loads_a_model_that_shares(llama: Path, adapters: Path, tmp
     live = AutoModelForCausalLM.from_pretrained(llama)
     ps.merge(live, ps.load_adapter(adapters / "ada"))
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), live.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("room", [fleet.ROOM, 0], ids=["held", "no room"])
+def test_a_merge_is_prepared_once_where_memory_holds_it(
+    llama: Path, adapters: Path, single: Path, tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[str] = []
+    prepare = fleet_pass.prepare
+    monkeypatch.setattr(fleet, "ROOM", room)
+    monkeypatch.setattr(fleet_pass, "prepare", lambda job: prepared.append(job.out.name) or prepare(job))
+    ps.merge(llama, adapters_from=adapters, out=tmp_path / "out", share_untouched=True)
+    assert sorted(prepared) == sorted([*TARGETS] * (1 if room else 2))
+    for name in TARGETS:
+        assert_same(tmp_path / "out" / name, single / name)
 
 
 def test_a_later_adapter_shares_with_the_earlier_ones(llama: Path, adapters: Path, tmp_path: Path) -> None:

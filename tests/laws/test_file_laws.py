@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 import peftsurgery as ps
 from peftsurgery.adapter import Adapter
 from peftsurgery.disk import checkpoint as disk
-from peftsurgery.disk.merge import merge as merge_checkpoint
 from peftsurgery.errors import SurgeryError
 from peftsurgery.method import Method
 from tests.laws.conftest import trained
+from tests.merging import merge as merge_checkpoint
 from tests.subjects import Subject
 
 

@@ -16,10 +16,10 @@ from transformers import GPT2Config, GPT2Model
 
 from peftsurgery.adapter import Adapter, check
 from peftsurgery.disk.checkpoint import open_checkpoint
-from peftsurgery.disk.merge import merge
 from peftsurgery.live.sites import sites
 from peftsurgery.methods.lora import LoRA
 from peftsurgery.planning import Plan, Step
+from tests.merging import merge
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from peftsurgery.adapter import Adapter
 from peftsurgery.disk.checkpoint import INDEX, open_checkpoint
 from peftsurgery.disk.durable import staged
-from peftsurgery.disk.merge import Merged, merge
+from peftsurgery.disk.merge import Merged
 from peftsurgery.disk.pieces import BLOCK
 from peftsurgery.disk.rooms import Rooms
 from peftsurgery.errors import (
@@ -37,6 +37,7 @@ from peftsurgery.methods.lora import LoRA
 from peftsurgery.planning import Plan, Step
 from peftsurgery.rename import Rename
 from peftsurgery.site import Kind, Layout, Site
+from tests.merging import merge
 
 QUERY = Site("layer.0.query", Kind.LINEAR, (6, 8))
 MIX = Site("layer.1.c_attn", Kind.LINEAR, (8, 12), Layout.IN_OUT)
