@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftsurgery.live.merge import Undo
+
+
+ANEW = ("--adapters-from", "--share-untouched", "--resume", "--engine ray")
+"""Words that mean something for a checkpoint that is written into a new directory alone."""
 
 
 def merge(
@@ -84,13 +89,8 @@ def merge(
     if in_place or undo is not None:
         _check_in_place(model, in_place, out, untie or dtype is not None or max_shard_size is not None)
     _check_adapters(adapters, weight, adapters_from)
-    if in_place or not isinstance(model, str | Path) or str(model).endswith(".onnx"):
-        anew = {
-            "--share-untouched": share_untouched,
-            "--resume": resume,
-            f"--engine {engine}": engine != "local",
-        }
-        _check_not_anew({"--adapters-from": adapters_from is not None, **anew})
+    listed_ones, elsewhere = adapters_from is not None, engine != "local"
+    _check_anew(model, in_place, (listed_ones, share_untouched, resume, elsewhere))
     load = partial(_given, weight=weight, allow_pickle=allow_pickle)
     taken = load(adapters) if adapters_from is None else ()
     if not isinstance(model, str | Path):
@@ -140,9 +140,11 @@ def _check_adapters(adapters: Adapters, weight: Sequence[float], adapters_from: 
         raise PlanError("A list of adapters takes one `--weight`, which is that of all. Nothing was changed.")
 
 
-def _check_not_anew(words: Mapping[str, bool]) -> None:
-    """Refuse words that mean something for a checkpoint that is written into a new directory alone."""
-    for word in (word for word, said in words.items() if said):
+def _check_anew(model: object, in_place: bool, said: Sequence[bool]) -> None:
+    """Refuse the words of `ANEW` that are said of another model, or in place."""
+    if not in_place and isinstance(model, str | Path) and not str(model).endswith(".onnx"):
+        return
+    for word in compress(ANEW, said):
         raise PlanError(
             f"`{word}` is for a checkpoint that is written into a new directory. Give the model's directory, "
             "and that one as `-o OUT`; nothing was changed."
