@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +27,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from peftsurgery.live.merge import Undo
-
-
-ANEW = ("--adapters-from", "--share-untouched", "--resume", "--engine ray")
-"""Words that mean something for a checkpoint that is written into a new directory alone."""
 
 
 def merge(
@@ -89,8 +84,8 @@ def merge(
     if in_place or undo is not None:
         _check_in_place(model, in_place, out, untie or dtype is not None or max_shard_size is not None)
     _check_adapters(adapters, weight, adapters_from)
-    listed_ones, elsewhere = adapters_from is not None, engine != "local"
-    _check_anew(model, in_place, (listed_ones, share_untouched, resume, elsewhere))
+    anew = {"--adapters-from": adapters_from is not None, "--share-untouched": share_untouched}
+    _check_anew(model, in_place, {**anew, "--resume": resume, f"--engine {engine}": engine != "local"})
     load = partial(_given, weight=weight, allow_pickle=allow_pickle)
     taken = load(adapters) if adapters_from is None else ()
     if not isinstance(model, str | Path):
@@ -102,10 +97,9 @@ def merge(
         return _merge_graph(Path(model), _scaled(taken), target, listen)
     shape = untie, task, dtype, nbytes_named(max_shard_size), device
     job = Job(model, taken, target, *shape, trust_remote_code, share_untouched, resume, hash)
+    fleet = None if adapters_from is None else Fleet(listed(adapters_from), job, load)
     with engine_named(engine) as writers:
-        if adapters_from is not None:
-            return merge_fleet(Fleet(listed(adapters_from), job, load), writers, listen)
-        return merge_disk(job, writers, listen)
+        return merge_disk(job, writers, listen) if fleet is None else merge_fleet(fleet, writers, listen)
 
 
 def _given(adapters: Adapters, *, weight: Sequence[float], allow_pickle: bool) -> tuple[Given, ...]:
@@ -140,11 +134,11 @@ def _check_adapters(adapters: Adapters, weight: Sequence[float], adapters_from: 
         raise PlanError("A list of adapters takes one `--weight`, which is that of all. Nothing was changed.")
 
 
-def _check_anew(model: object, in_place: bool, said: Sequence[bool]) -> None:
-    """Refuse the words of `ANEW` that are said of another model, or in place."""
+def _check_anew(model: object, in_place: bool, words: Mapping[str, bool]) -> None:
+    """Refuse words that mean something for a checkpoint that is written into a new directory alone."""
     if not in_place and isinstance(model, str | Path) and not str(model).endswith(".onnx"):
         return
-    for word in compress(ANEW, said):
+    for word in (word for word, said in words.items() if said):
         raise PlanError(
             f"`{word}` is for a checkpoint that is written into a new directory. Give the model's directory, "
             "and that one as `-o OUT`; nothing was changed."
