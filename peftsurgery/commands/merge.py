@@ -81,8 +81,8 @@ def merge(
         AdapterError, FoldError, PlanError, CheckpointError: inputs and output are as they were.
         FleetError: some adapters of a list could not be merged, and the others were.
     """
-    if in_place or undo is not None:
-        _check_in_place(model, in_place, out, untie or dtype is not None or max_shard_size is not None)
+    reshaped = untie or dtype is not None or max_shard_size is not None
+    _check_in_place(model, in_place, undo, out is not None or reshaped)
     _check_adapters(adapters, weight, adapters_from)
     anew = {"--adapters-from": adapters_from is not None, "--share-untouched": share_untouched}
     _check_anew(model, in_place, {**anew, "--resume": resume, f"--engine {engine}": engine != "local"})
@@ -92,11 +92,10 @@ def merge(
         return _merge_live(model, _scaled(taken), untie, listen)
     if in_place:
         return merge_in_place(model, taken, undo, task, hash, trust_remote_code, listen)
-    target = _place(model, out)
     if str(model).endswith(".onnx"):
-        return _merge_graph(Path(model), _scaled(taken), target, listen)
+        return _merge_graph(Path(model), _scaled(taken), _place(model, out), listen)
     shape = untie, task, dtype, nbytes_named(max_shard_size), device
-    job = Job(model, taken, target, *shape, trust_remote_code, share_untouched, resume, hash)
+    job = Job(model, taken, _place(model, out), *shape, trust_remote_code, share_untouched, resume, hash)
     fleet = None if adapters_from is None else Fleet(listed(adapters_from), job, load)
     with engine_named(engine) as writers:
         return merge_disk(job, writers, listen) if fleet is None else merge_fleet(fleet, writers, listen)
@@ -113,10 +112,12 @@ def _scaled(taken: Sequence[Given]) -> tuple[Adapter, ...]:
     return tuple(one.scaled for one in taken)
 
 
-def _check_in_place(model: object, in_place: bool, out: object, reshaped: bool) -> None:
+def _check_in_place(model: object, in_place: bool, undo: object, elsewhere: bool) -> None:
+    if not in_place and undo is None:
+        return
     if not in_place:
         raise PlanError("An undo file belongs to a merge in place. Add `--in-place`; nothing was changed.")
-    if out is not None or reshaped:
+    if elsewhere:
         raise PlanError(
             "A merge in place changes values and nothing else: no `-o`, `--untie`, `--dtype` or "
             "`--max-shard-size`. Merge into a new directory with `-o OUT`; nothing was changed."
