@@ -31,9 +31,17 @@ class Heads(NamedTuple):
 
 def written_out(op: Any, q: Any, k: Any, v: Any, s: Any, m: Any) -> Any:
     """softmax(q · kᵀ · s + m) · v, each (batch, heads, tokens, width); or with / s, as Falcon has it."""
+    return op.MatMul(op.Softmax(op.Add(_scores(op, q, k, s), m), axis=-1), v)
+
+
+def unmasked(op: Any, q: Any, k: Any, v: Any, s: Any) -> Any:
+    """The same without a mask."""
+    return op.MatMul(op.Softmax(_scores(op, q, k, s), axis=-1), v)
+
+
+def _scores(op: Any, q: Any, k: Any, s: Any) -> Any:
     product = op.MatMul(q, op.Transpose(k, perm=[0, 1, 3, 2]))
-    scores = OrValue([op.Mul(product, s), op.Div(product, s)], tag_var="by", tag_values=[TIMES, OVER])
-    return op.MatMul(op.Softmax(op.Add(scores, m), axis=-1), v)
+    return OrValue([op.Mul(product, s), op.Div(product, s)], tag_var="by", tag_values=[TIMES, OVER])
 
 
 def repeating(op: Any, q: Any, k: Any, v: Any, s: Any, m: Any) -> Any:
@@ -42,19 +50,25 @@ def repeating(op: Any, q: Any, k: Any, v: Any, s: Any, m: Any) -> Any:
     return written_out(op, q, op.Reshape(keys, ANY_VALUE), op.Reshape(values, ANY_VALUE), s, m)
 
 
-def is_plain(_: Any, q: ir.Value, k: ir.Value, v: ir.Value, s: ir.Value, m: ir.Value, **__: Any) -> bool:
-    """Whether the scale is one number, and the mask the same for all heads."""
-    scale, shape = constant(s), known(m)
-    same = shape is not None and len(shape) == 4 and shape[1] == 1
-    return same and scale is not None and scale.size == 1 and _heads(q, k, v) is not None
+def is_scaled(_: Any, q: ir.Value, k: ir.Value, v: ir.Value, s: ir.Value, **__: Any) -> bool:
+    """Whether the scale is one number, and the heads are known."""
+    scale = constant(s)
+    return scale is not None and scale.size == 1 and _heads(q, k, v) is not None
 
 
-def one_operation(op: Any, q: Any, k: Any, v: Any, s: ir.Value, m: Any, by: int, **_: Any) -> Any:
+def is_plain(_: Any, m: ir.Value, **values: Any) -> bool:
+    """The same, and the mask is one for all heads."""
+    shape = known(m)
+    return shape is not None and len(shape) == 4 and shape[1] == 1 and is_scaled(_, **values)
+
+
+def one_operation(op: Any, q: Any, k: Any, v: Any, s: ir.Value, by: int, m: Any = None, **_: Any) -> Any:
     """Attention(q, k, v, m), which repeats what has fewer heads."""
     scale = constant(s)
     assert scale is not None
     factor = float(scale.item())
-    return op.Attention(q, k, v, m, scale=factor if by == TIMES else 1 / factor)
+    masks = () if m is None else (m,)
+    return op.Attention(q, k, v, *masks, scale=factor if by == TIMES else 1 / factor)
 
 
 def in_groups(op: Any, q: ir.Value, k: ir.Value, v: ir.Value, s: Any, m: Any, by: int, **_: Any) -> Any:
@@ -82,7 +96,10 @@ def _heads(q: ir.Value, k: ir.Value, v: ir.Value) -> Heads | None:
     return Heads(query, kept, width) if last == [kept, width] and query % kept == 0 else None
 
 
-FUSED = tuple(RewriteRule(form, one_operation, is_plain) for form in (repeating, written_out))
+FUSED = (
+    *(RewriteRule(form, one_operation, is_plain) for form in (repeating, written_out)),
+    RewriteRule(unmasked, one_operation, is_scaled),
+)
 """Attention as an operator."""
 SHARED = RewriteRule(repeating, in_groups, is_plain)
 """Heads that share keys and values, without the operator."""

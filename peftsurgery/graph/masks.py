@@ -18,6 +18,31 @@ ROWS, QUERIES, KEYS = 0, 2, 3
 """The axes of a mask: (batch, 1, query, key)."""
 
 
+def itself(op: Any, x: Any, **_: Any) -> Any:
+    return op.Identity(x)
+
+
+def masked(op: Any, x: Any, mask: Any) -> Any:
+    """x + Where(true, 0, y) = x."""
+    return op.Add(x, mask, _outputs=["scores"])
+
+
+def hides_nothing(_: Any, x: ir.Value, mask: ir.Value, scores: ir.Value) -> bool:
+    node = mask.producer()
+    if node is None or node.op_type != "Where" or known(x) is None or known(x) != known(scores):
+        return False
+    truth, chosen = (None if value is None else _always(value) for value in node.inputs[:2])
+    return truth is not None and chosen is not None and bool(truth.all()) and not chosen.any()
+
+
+def _always(value: ir.Value) -> Any:
+    """What a constant, or one that is expanded, holds; None of what is not constant."""
+    node = value.producer()
+    if node is not None and node.op_type == "Expand" and node.inputs[0] is not None:
+        return _always(node.inputs[0])
+    return constant(value)
+
+
 def looked_up(op: Any, mask: Any, b: Any, k: Any) -> Any:
     """GatherND(mask, [b, k]) for b, k = 0, 1, 2, … = the mask, with axes for heads and queries.
 
@@ -47,10 +72,6 @@ def is_every_query(_: Any, q: ir.Value, least: ir.Value, x: ir.Value, seen: ir.V
     return bound is not None and bool((bound <= 0).all()) and counts(q, QUERIES) and _only_added(seen)
 
 
-def of_keys(op: Any, x: Any, **_: Any) -> Any:
-    return op.Identity(x)
-
-
 def counts(value: ir.Value, axis: int) -> bool:
     """Whether it is 0, 1, 2, … along one axis of four."""
     shape, node = known(value), value.producer()
@@ -76,7 +97,9 @@ def _constants(choice: ir.Node) -> bool:
     return all(value is not None and constant(value) is not None for value in choice.inputs[1:])
 
 
+IDLE = (RewriteRule(masked, itself, hides_nothing),)
+"""A mask that hides nothing, as a model of images has."""
 LOOKUPS = (RewriteRule(looked_up, whole, is_whole),)
 """A mask that is read as a whole."""
-BROADCASTS = (RewriteRule(of_queries, of_keys, is_every_query),)
+BROADCASTS = (RewriteRule(of_queries, itself, is_every_query),)
 """A mask that is the same for every query; Attention wants it written out."""

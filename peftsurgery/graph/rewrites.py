@@ -15,6 +15,7 @@ from onnxscript.rewriter.rules import common
 
 from peftsurgery.graph import attention, fusions, masks
 from peftsurgery.graph.export import OPSET
+from peftsurgery.graph.masks import itself
 from peftsurgery.graph.shapes import constant, known
 
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
@@ -30,13 +31,9 @@ def apply(model: ir.Model, *, fuse: bool = False) -> None:
     fused = [attention.FUSED] if has_attention else []
     larger = fusions.ALL if fuse else ()
     CommonSubexpressionEliminationPass()(model)  # a pattern wants one Cast of what a norm reads twice
-    for rules in (IDLE, masks.LOOKUPS, *fused, masks.BROADCASTS, *larger, FORMULAS, ISLANDS):
+    for rules in ((*IDLE, *masks.IDLE), masks.LOOKUPS, *fused, masks.BROADCASTS, *larger, FORMULAS, ISLANDS):
         RewriteRuleSet(rules).apply_to_model(model)
         IdentityEliminationPass()(model)
-
-
-def itself(op: Any, x: Any, **_: Any) -> Any:
-    return op.Identity(x)
 
 
 def expand(op: Any, x: Any, shape: Any) -> Any:
@@ -67,14 +64,14 @@ def is_half(_: Any, x: ir.Value, **__: Any) -> bool:
 
 
 def island(op: Any, x: ir.Value, weights: ir.Value) -> Any:
-    wide = op.Softmax(op.Cast(x, to=ir.DataType.FLOAT), axis=_axis(weights))
+    wide = op.Softmax(op.Cast(x, to=ir.DataType.FLOAT), **_attributes(weights))
     return op.Cast(wide, to=x.dtype)
 
 
-def _axis(weights: ir.Value) -> int:
-    node = weights.producer()
-    said = None if node is None else node.attributes.get("axis")
-    return -1 if said is None else said.as_int()
+def _attributes(made: ir.Value) -> dict[str, Any]:
+    """Those of the node that made it."""
+    node = made.producer()
+    return {} if node is None else {name: said.value for name, said in node.attributes.items()}
 
 
 def both(op: Any, truth: Any, x: Any) -> Any:
@@ -110,6 +107,19 @@ def _axes(x: ir.Value, seen: ir.Value) -> list[int]:
         now if isinstance(now, int) else 0 if now == then else -1
         for now, then in zip(after, padded, strict=False)
     ]
+
+
+def largest(op: Any, x: Any) -> Any:
+    """Where the largest of some integers is: CUDA finds it among floats alone, and a double holds them exactly."""
+    return op.ArgMax(x, _allow_other_attributes=True, _outputs=["place"])
+
+
+def is_whole(_: Any, x: ir.Value, **__: Any) -> bool:
+    return x.dtype == ir.DataType.INT32
+
+
+def of_doubles(op: Any, x: Any, place: ir.Value) -> Any:
+    return op.ArgMax(op.Cast(x, to=ir.DataType.DOUBLE), **_attributes(place))
 
 
 def times_rsqrt(op: Any, x: Any, v: Any) -> Any:
@@ -173,6 +183,7 @@ IDLE = (
 )
 """What gives back what it was given."""
 FORMULAS = (
+    RewriteRule(largest, of_doubles, is_whole),
     *RewriteRule(times_rsqrt, over_sqrt).commute(),
     *RewriteRule(rotated, signed_sines, is_halved).commute(),
     attention.SHARED,

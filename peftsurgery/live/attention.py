@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 from peftsurgery.errors import PlanError
 from peftsurgery.live.grafts import Graft
-from peftsurgery.live.tokens import TokenGraft
+from peftsurgery.live.tokens import TokenGraft, in_front
 
 INTERFACE = "peftsurgery_prefix"
 """The name of our attention function in transformers' table of them."""
@@ -104,7 +103,7 @@ def _mpnet(root: Any, key: Tensor, value: Tensor, args: tuple[Any, ...], kwargs:
     shape, count = (*hidden.shape[:-1], -1, root.attention_head_size), key.shape[1]
     query, *own = (project(hidden).view(shape).transpose(1, 2) for project in (root.q, root.k, root.v))
     keys, values = _in_front((key, value), own)
-    scores = query @ keys.transpose(-1, -2) / root.attention_head_size**0.5 + pad(bias, (count, 0))
+    scores = query @ keys.transpose(-1, -2) / root.attention_head_size**0.5 + in_front(bias, count)
     seen = _seen(mask, count)
     weights = root.dropout((scores if seen is None else scores + seen).softmax(-1))
     output = root.o((weights @ values).transpose(1, 2).flatten(2))
@@ -117,11 +116,11 @@ def _deberta(root: Any, key: Tensor, value: Tensor, args: tuple[Any, ...], kwarg
     count = key.shape[1]
 
     def disentangled_attention_bias(query: Tensor, keys: Tensor, *others: Any) -> Tensor:
-        return pad(root.disentangled_attention_bias(query, keys[:, count:], *others), (count, 0))
+        return in_front(root.disentangled_attention_bias(query, keys[:, count:], *others), count)
 
     twin = _projecting(root, {"key_proj": key, "value_proj": value})
     twin.__dict__["disentangled_attention_bias"] = disentangled_attention_bias
-    return twin(hidden, pad(mask, (count, 0), value=1), *rest, **kwargs)
+    return twin(hidden, in_front(mask, count, 1), *rest, **kwargs)
 
 
 SURGERIES: dict[str, Callable[..., Any]] = {
@@ -166,4 +165,4 @@ def _seen(mask: Tensor | None, count: int) -> Tensor | None:
     """The mask with `count` columns in front that everybody sees."""
     if mask is None:
         return None
-    return pad(mask, (count, 0), value=1 if mask.dtype is torch.bool else 0)
+    return in_front(mask, count, 1 if mask.dtype is torch.bool else 0)

@@ -21,6 +21,7 @@ from fixtures.minilm import minilm_path
 from peftsurgery.adapter import rebased
 from peftsurgery.graph import merge, sites, weights
 from peftsurgery.graph.export import trace
+from peftsurgery.graph.placement import placed
 from peftsurgery.graph.signature import signature
 from peftsurgery.live.sites import sites as live_sites
 from peftsurgery.live.sites import ties as live_ties
@@ -174,6 +175,12 @@ def test_the_graph_has_the_sites_of_the_model(case: Case) -> None:
         assert site.kind is expected[name].kind
         if site.kind is not Kind.OTHER:
             assert site.matrix_shape == expected[name].matrix_shape
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_node_that_computes_has_a_cuda_kernel(case: Case) -> None:
+    found = placed(weights.load(exported(case).path))
+    assert found.lost == () and found.device > found.shapes
 
 
 def test_minilm_with_its_lora_merged_in_the_graph_gives_the_golden_logits(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_nothing_of_the_source_is_computed_twice(plain: Path) -> None:
 @pytest.mark.parametrize("case", OTHERS, ids=str)
 def test_families(case: Case, tmp_path: Path) -> None:
     model = case.model()
-    report = ps.export_onnx(model, out=tmp_path / "onnx")
+    report = ps.export_onnx(model, out=tmp_path / "onnx", check_placement="cuda")
     assert report.facts["parity"]["max_abs_diff"] <= 1e-4
     expected = transformers_writes(model)
     assert we_write(tmp_path / "onnx") == expected
@@ -197,7 +197,8 @@ def test_families(case: Case, tmp_path: Path) -> None:
 def test_methods(case: Case, method: str, tmp_path: Path) -> None:
     model = case.model()
     adapter, plain, written = trained(model, method), logits(model), transformers_writes(model)
-    report = ps.export_onnx(model, adapters=adapter, out=tmp_path / "onnx", **METHODS[method][2])
+    words = {**METHODS[method][2], "check_placement": "cuda"}
+    report = ps.export_onnx(model, adapters=adapter, out=tmp_path / "onnx", **words)
     assert report.facts["parity"]["max_abs_diff"] <= 1e-4
     expected = logits(ps.inject(model, adapter))
     run = pair(tmp_path / "onnx")

@@ -78,11 +78,19 @@ def pixels(rows: int, seed: int = 3) -> np.ndarray:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_exports_agree_with_torch(case: Case, tmp_path: Path) -> None:
-    report = ps.export_onnx(case.model(), out=tmp_path / "onnx")
+    report = ps.export_onnx(case.model(), out=tmp_path / "onnx", check_placement="cuda")
     assert tuple(report.facts["outputs"]) == case.outputs
     assert report.facts["parity"]["max_abs_diff"] <= 1e-4
     held = {port.name: port.shape for port in _session(tmp_path / "onnx").get_inputs()}
     assert all(shape[0] == "batch_size" for shape in held.values())
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[2], CASES[4]], ids=str)
+def test_halves_for_cuda_agree_and_run_there(case: Case, tmp_path: Path) -> None:
+    words = {"dtype": "float16", "target": "cuda", "check_placement": "cuda"}
+    report = ps.export_onnx(case.model(), out=tmp_path / "onnx", **words)
+    assert report.facts["operators"]["model.onnx"]["Attention"] == 2
+    assert report.facts["parity"]["accepted"]["why"] == "8 steps of float16"
 
 
 @pytest.mark.parametrize(

@@ -134,9 +134,8 @@ def test_what_is_merged_is_rounded_once(tmp_path: Path) -> None:
     BertModel(BERT).save_pretrained(tmp_path / "bert")
     model = BertModel.from_pretrained(tmp_path / "bert")
     adapter = adapter_for(model, "query", tmp_path / "adapter")
-    report = ps.export_onnx(
-        tmp_path / "bert", adapters=adapter, dtype="float16", out=tmp_path / "onnx", task="feature-extraction"
-    )
+    words = {"dtype": "float16", "task": "feature-extraction", "check_placement": "cuda"}
+    report = ps.export_onnx(tmp_path / "bert", adapters=adapter, out=tmp_path / "onnx", **words)
     ps.merge(model, ps.load_adapter(adapter))
     expected = dict(model.named_parameters())
     graph = weights.load(tmp_path / "onnx" / "model.onnx").graph
