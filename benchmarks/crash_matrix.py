@@ -28,6 +28,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftsurgery as ps
+from peftsurgery.disk import halfway
 from peftsurgery.errors import SurgeryError
 from tests.cli.conftest import adapter_for, digest
 from tests.cli.test_resume import resume_checked
@@ -115,9 +116,9 @@ def is_saved(model: Path, undo: Path, before: Mapping[str, str], after: Mapping[
     return forgetful(digests(model)) == before
 
 
-def into_a_directory(room: Path) -> dict[str, tuple[int, int]]:
+def into_a_directory(room: Path, shards: str) -> dict[str, tuple[int, int]]:
     """The same for `merge -o`: for every way to be stopped (strikes, those after which something was lost)."""
-    base, adapter, out = *llama(room), room / "room" / "out"
+    base, adapter, out = *llama(room, "20KB" if shards == "shards" else "1GB"), room / "room" / "out"
     os.environ["PEFTSURGERY_CACHE"] = str(room / "kept")
     ps.merge(base, adapter, out=room / "whole")
     out.parent.mkdir()
@@ -139,7 +140,7 @@ def into_a_directory(room: Path) -> dict[str, tuple[int, int]]:
     found = {}
     for how, calls in ways.items():
         outcomes = [lost() for _ in points(job, how, calls)]
-        found[f"-o, every call, {NAMES.get(how, how)}"] = len(outcomes), sum(outcomes)
+        found[f"-o, {shards}, every call, {NAMES.get(how, how)}"] = len(outcomes), sum(outcomes)
     start = time.perf_counter()
     struck(job, 0, "kill")
     span, chance = time.perf_counter() - start, random.Random(0)
@@ -148,14 +149,14 @@ def into_a_directory(room: Path) -> dict[str, tuple[int, int]]:
     for _ in range(RANDOM_KILLS):
         killed_after(chance.uniform(0, span), job)
         outcomes.append(lost())
-    return {**found, "-o, random times": (len(outcomes), sum(outcomes))}
+    return {**found, f"-o, {shards}, random times": (len(outcomes), sum(outcomes))}
 
 
 NAMES = {str(errno.ENOSPC): "disk full", str(errno.EIO): "disk fails"}
 
 
-def llama(room: Path) -> tuple[Path, Path]:
-    """A base of two files, and a LoRA for it."""
+def llama(room: Path, most: str) -> tuple[Path, Path]:
+    """A base in files of that size, and a LoRA for it."""
     model = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=32,
@@ -166,7 +167,7 @@ def llama(room: Path) -> tuple[Path, Path]:
             vocab_size=99,
         )
     )
-    model.to(torch.bfloat16).save_pretrained(room / "base", max_shard_size="20KB")
+    model.to(torch.bfloat16).save_pretrained(room / "base", max_shard_size=most)
     return room / "base", adapter_for(model, "q_proj,v_proj", room / "adapter")
 
 
@@ -177,7 +178,10 @@ def main() -> int:
             for how in ("kill", "torn"):
                 found[f"in place, {name}, every change, {how}"] = at_every_change(Path(room), name, how)
             found[f"in place, {name}, random times"] = at_random_times(Path(room), name)
-        found |= into_a_directory(Path(room))
+        halfway.EVERY = 4000  # of a small file too there are notes
+        for name in LAYOUTS:
+            (Path(room) / f"-o {name}").mkdir()
+            found |= into_a_directory(Path(room) / f"-o {name}", name)
     for name, (kills, lost) in found.items():
         print(f"{name:<40}{kills:5} strikes {lost:3} lost or corrupted something")
     kills, lost = (sum(pair[i] for pair in found.values()) for i in (0, 1))

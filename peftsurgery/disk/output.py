@@ -20,6 +20,7 @@ from torch import Tensor
 
 from peftsurgery.disk.durable import opened, rename, writing
 from peftsurgery.disk.durable import put as write
+from peftsurgery.disk.halfway import unfinished
 from peftsurgery.disk.rooms import PAGE
 
 DIRECT = getattr(os, "O_DIRECT", 0)
@@ -46,20 +47,22 @@ class Output:
 
 
 @contextmanager
-def output(file: Path, mode: int | None = None) -> Iterator[Output]:
+def output(file: Path, mode: int | None = None, *, keep: bool = False) -> Iterator[Output]:
     """A file to fill, which gets its name, and is on the disk, when the block ends well.
 
     Args:
         mode: its permissions; what the user's mask leaves by default.
+        keep: go on with what is there of it.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    temporary = file.with_name(f".{file.name}.partial")
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-    with opened(temporary, new=True) as plain, _direct(temporary) as direct:
+    temporary = unfinished(file)
+    if not keep:
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+    with opened(temporary, new=not keep) as plain, _direct(temporary) as direct:
         if mode is not None:
             with writing(file):
                 os.fchmod(plain, mode)

@@ -6,19 +6,21 @@ It is written beside its directory OUT, under hidden names:
     .OUT.partial.json    the journal: what the job is, which files are whole, and what their bytes are known by
 
 A file is written into the journal when it is whole and on the disk. What is not in there is written again, and so is
-what is not as the journal says. A loader finds no model: `config.json` comes last, just before the rename.
+what is not as the journal says; of a large file only what was not on the disk (`halfway`). A loader finds no model:
+`config.json` comes last, just before the rename.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from peftsurgery.disk import halfway
 from peftsurgery.disk.durable import (
     check_free,
     discard,
@@ -66,19 +68,20 @@ class Unfinished:
             kept = {task.file: found for task in tasks if (found := self._kept(task)) is not None}
             self.whole.clear()
             self.whole.update({self._name(file): found for file, found in kept.items()})
-            sweep(self)
+            todo = [task for task in tasks if task.file not in kept]
+            sweep(self, (part for task in todo for part in halfway.parts(task.file)))
             for task in tasks:
                 if task.file in kept:
                     for event in told(task):
                         listen(event)
                     yield kept[task.file]
-            todo = [task for task in tasks if task.file not in kept]
             with closing(engine(todo, listen)) as outcomes:
                 for outcome in outcomes:
                     name = self._name(outcome.file)
                     if isinstance(outcome, ShardDone) and name:
                         self.whole[name] = outcome
                         self.note()
+                        halfway.forget(outcome.file)  # where an engine did not go on with it
                     yield outcome
 
         return missing
@@ -162,7 +165,7 @@ def _begun(place: Path, job: Job, *, resume: bool) -> Unfinished:
     if said is not None:
         _check_same(place, said["job"], job)
     found = Unfinished(place, job, {} if said is None else _whole(place, said["files"]))
-    sweep(found)
+    sweep(found, [] if said is None else _halves(place))
     return found
 
 
@@ -220,26 +223,39 @@ def _whole(place: Path, files: Mapping[str, Mapping[str, Any]]) -> dict[str, Sha
     }
 
 
-def sweep(found: Unfinished) -> None:
-    """Remove what is not known to be whole."""
+def sweep(found: Unfinished, parts: Iterable[Path] = ()) -> None:
+    """Remove what is not known to be whole, nor part of a file that can be gone on with."""
+    spared = {*parts, *(found.directory / name for name in found.whole)}
     with writing(found.directory):
         for file in found.directory.rglob("*"):
-            if not file.is_dir() and file.relative_to(found.directory).as_posix() not in found.whole:
+            if not file.is_dir() and file not in spared:
                 file.unlink()
+
+
+def _halves(directory: Path) -> list[Path]:
+    """The parts of all files in the making that can be gone on with."""
+    begun = (
+        note.with_name(note.name[1 : -len(halfway.NOTE)]) for note in directory.rglob(f".[!.]*{halfway.NOTE}")
+    )
+    return [part for file in begun for part in halfway.parts(file)]
 
 
 def _stop(found: Unfinished, made: list[Path], error: BaseException) -> None:
     """Keep what is whole where that helps, and say so; otherwise leave nothing."""
+    halves = _halves(found.directory)
     with suppress(CheckpointError):
-        sweep(found)
+        sweep(found, halves)
     count = sum((found.directory / name).is_file() for name in found.whole)
-    if not count or not isinstance(error, DiskError | KeyboardInterrupt | SystemExit | MemoryError):
+    if not (count or halves) or not isinstance(
+        error, DiskError | KeyboardInterrupt | SystemExit | MemoryError
+    ):
         shutil.rmtree(found.directory, ignore_errors=True)
         with suppress(CheckpointError):
             discard(_journal_of(found.directory))
         remove_empty(made)
         return
-    kept = f"{count} whole file{'s are' if count > 1 else ' is'} kept in {found.directory}: go on with `--resume`"
+    whole = f"{count} whole file{'s are' if count > 1 else ' is'}" if count else "part of a file is"
+    kept = f"{whole} kept in {found.directory}: go on with `--resume`"
     if isinstance(error, DiskError):
         raise DiskError(error.fact, error.remedy, kept) from error.__cause__
     if isinstance(error, KeyboardInterrupt):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from peftsurgery.disk import halfway
 from peftsurgery.disk.durable import discard, link, writing
 from peftsurgery.disk.jobs import Make, Move, Ran, jobs, summed
 from peftsurgery.disk.output import Output, output, put, reserve, sharing
@@ -80,7 +81,8 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
     """Write one safetensors file; under its name it is whole, and on the disk.
 
     What is left alone is moved as bytes, the rest is read, folded and written in blocks, by several threads at a
-    time. Running it again writes the same file again. Of a twin nothing is written where its bytes can be shared.
+    time. Running it again writes the same file again, but for what is there and noted of one that was interrupted
+    (`halfway`). Of a twin nothing is written where its bytes can be shared.
 
     Raises:
         CheckpointError: a file cannot be read or written.
@@ -91,9 +93,10 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
         for event in told(task):
             listen(event)
         return ShardDone(task.file, task.file.stat().st_size, {}, shared=how)
-    tallies: dict[str, Tally] = defaultdict(Tally)
-    sums: list[int | None] = []
-    with output(task.file, task.mode) as out, workers(task.threads) as pool:
+    with (
+        output(task.file, task.mode, keep=bool(halfway.parts(task.file))) as out,
+        workers(task.threads) as pool,
+    ):
         head = header(task.pieces, task.metadata, _skew(task.pieces, out))
         size = len(head) + task.nbytes
         reserve(out, size)
@@ -101,17 +104,31 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
         events = deque(_events(task.pieces, len(head)))
         todo = list(jobs(task.pieces, len(head), task.device))
         run = partial(_run, out=out, device=task.device, measure=task.measure)
-        for job, found in zip(todo, pool.map(run, todo), strict=True):
-            sums.append(found.sum)
+        so_far = _so_far(task, todo)
+        rest = todo[len(so_far.sums) :]
+        for job, found in zip(rest, pool.map(run, rest), strict=True):
+            so_far.sums.append(found.sum)
             if task.measure and isinstance(job, Make) and job.piece.touched:
-                tallies[job.piece.name] += found.tally
+                so_far.tallies[job.piece.name] += found.tally
+            so_far.wrote(out.plain, job.nbytes)
             _tell(events, job.start + job.nbytes, listen)
         _tell(events, size, listen)
+    halfway.forget(task.file)
     HELD.clear()
+    tallies = so_far.tallies
     whole = {
         piece.name: tallies[piece.name].of(piece.numel) for piece in task.pieces if piece.name in tallies
     }
-    return ShardDone(task.file, size, whole, unshared=why, sums=tuple(sums))
+    return ShardDone(task.file, size, whole, unshared=why, sums=tuple(so_far.sums))
+
+
+def _so_far(task: ShardTask, todo: Sequence[Move | Make]) -> halfway.Halfway:
+    """What of the file is there as it was noted; nothing where a byte of that is another."""
+    known = halfway.found(task.file)
+    noted = todo[: len(known.sums)]
+    if noted and _agree_all(halfway.unfinished(task.file), noted, known.sums, task.threads):
+        return known
+    return halfway.Halfway(task.file)
 
 
 def _shared(task: ShardTask) -> tuple[str, str]:
@@ -147,9 +164,12 @@ def _is_headed(task: ShardTask, done: ShardDone) -> bool:
 
 def _are_summed(task: ShardTask, start: int, said: Sequence[int | None]) -> bool:
     """Whether the bytes of every job, the first of which begins at `start`, have the sum that they had."""
-    todo = list(jobs(task.pieces, start, task.device))
-    with workers(task.threads) as pool:
-        found = pool.map(partial(_sum, task.file), todo)
+    return _agree_all(task.file, list(jobs(task.pieces, start, task.device)), said, task.threads)
+
+
+def _agree_all(file: Path, todo: Sequence[Move | Make], said: Sequence[int | None], threads: int) -> bool:
+    with workers(threads) as pool:
+        found = pool.map(partial(_sum, file), todo)
         return len(todo) == len(said) and all(map(_agree, found, said))
 
 

@@ -1,0 +1,134 @@
+"""A merge of a base in one file, stopped anywhere: `--resume` goes on in the middle of it, bit for bit."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from peftsurgery.disk import halfway, jobs
+from peftsurgery.disk.resumable import beside
+from tests.cli.test_resume import (
+    adapter,
+    check_blind,
+    job,
+    resume_checked,
+    room,
+    struck_here,
+    tmp_path,
+    whole,
+)
+from tests.strike import CHANGES, READS, points
+
+Job = Callable[..., object]
+__all__ = ["adapter", "job", "room", "tmp_path", "whole"]
+"""Fixtures, here with another base."""
+
+
+@pytest.fixture(scope="module")
+def llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base, in one file."""
+    path = tmp_path_factory.mktemp("one file")
+    AutoModelForCausalLM.from_pretrained(llama).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A note for every few tensors of a small file."""
+    monkeypatch.setattr(halfway, "EVERY", 4000)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Where every job that is run begins."""
+    begun: list[int] = []
+    for kind in (jobs.Move, jobs.Make):
+        monkeypatch.setattr(kind, "run", noting(kind.run, begun))
+    return begun
+
+
+def noting(run: Callable[..., jobs.Ran], begun: list[int]) -> Callable[..., jobs.Ran]:
+    def noted(own: jobs.Move | jobs.Make, *words: object, **more: object) -> jobs.Ran:
+        begun.append(own.start)
+        return run(own, *words, **more)
+
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("how", "calls", "step"),
+    [
+        ("kill", CHANGES, 2),
+        ("torn", ("pwrite",), 1),
+        ("interrupt", CHANGES, 3),
+        (str(errno.EIO), (*CHANGES, *READS), 3),
+    ],
+    ids=["kill", "torn", "interrupt", "failing"],
+)
+def test_a_merge_that_is_stopped_is_resumed(
+    job: Job, room: Path, whole: dict[str, str], how: str, calls: tuple[str, ...], step: int
+) -> None:
+    tried = halves = 0
+    for _ in points(job, how, calls, step=step):
+        tried += 1
+        halves += any(room.rglob(f".model*{halfway.NOTE}"))
+        resume_checked(job, room, whole)
+    assert tried > 10 and halves > 5
+
+
+def test_what_is_noted_is_not_made_again(
+    job: Job, room: Path, whole: dict[str, str], made: list[int]
+) -> None:
+    message = struck_here(job, 18, KeyboardInterrupt)
+    assert "part of a file is kept in" in message and "`--resume`" in message
+    check_blind(room, whole)
+    (note,) = room.rglob(f".model*{halfway.NOTE}")
+    known, before = len(json.loads(note.read_text())["sums"]), len(made)
+    assert 0 < known < before
+    everything = sorted(made)
+    made.clear()
+    job(resume=True)
+    assert sorted(made) == everything[known:]
+    resume_checked(job, room, whole)
+
+
+@pytest.mark.parametrize("harm", ["flipped", "cut", "gone", "note", "no note"])
+def test_what_is_not_as_noted_is_made_again(
+    job: Job, room: Path, whole: dict[str, str], made: list[int], harm: str
+) -> None:
+    struck_here(job, 18, KeyboardInterrupt)
+    (note,) = room.rglob(f".model*{halfway.NOTE}")
+    part = note.with_suffix("")
+    data = bytearray(part.read_bytes())
+    if harm == "flipped":
+        data[sorted(made)[0] + 5] ^= 1
+        part.write_bytes(data)
+    elif harm == "cut":
+        part.write_bytes(data[: sorted(made)[1]])
+    elif harm == "note":
+        note.write_text('{"sums": [1, "x"')
+    else:
+        (part if harm == "gone" else note).unlink()
+    everything = sorted(made)
+    made.clear()
+    job(resume=True)
+    assert sorted(made) == everything
+    assert os.listdir(room) == ["out"]
+    resume_checked(job, room, whole)
+
+
+def test_without_the_word_nothing_is_gone_on_with(
+    job: Job, room: Path, whole: dict[str, str], made: list[int]
+) -> None:
+    struck_here(job, 18, KeyboardInterrupt)
+    everything = sorted(made)
+    made.clear()
+    job()
+    assert sorted(made) == everything and not beside(room / "out").exists()
+    resume_checked(job, room, whole)
