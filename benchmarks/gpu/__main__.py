@@ -162,11 +162,19 @@ def reading(model: Path, out: Path, setting: Setting) -> dict[str, Any]:
     session = Session(out / "model.onnx", [setting.provider])
     arrays = {name: tensor.cpu().numpy() for name, tensor in feeds.items()}
     found = {"onnxruntime": attempted(lambda: 1 / seconds(lambda: session.run(arrays), setting))}
+    if setting.provider == "cuda":
+        found["CUDA graph"] = attempted(lambda: 1 / seconds(replaying(out, arrays), setting))
     with torch.inference_mode():
         found["torch"] = attempted(lambda: 1 / seconds(lambda: live(**feeds), setting))
         compiled = torch.compile(live)
         found["torch.compile"] = attempted(lambda: 1 / seconds(lambda: compiled(**feeds), setting))
     return found
+
+
+def replaying(out: Path, arrays: Mapping[str, Any]) -> Callable[[], object]:
+    """A run of an encoder that CUDA replays as one graph."""
+    session = Session(out / "model.onnx", ["cuda"], cuda_graph=True)
+    return lambda: session.run(arrays)
 
 
 def measured(name: str, model: Path, room: Path, setting: Setting | None) -> dict[str, Any]:
@@ -192,6 +200,7 @@ def show(found: Mapping[str, Any]) -> None:
         "fused",
         "off (allowed)",
         "ONNX Runtime",
+        "CUDA graph",
         "torch",
         "compiled",
     ):
@@ -202,7 +211,7 @@ def show(found: Mapping[str, Any]) -> None:
             table.add_row(name, one["failed"])
             continue
         off = f"{parity['max_abs_diff']:.1e} ({parity['tolerance']:.1e})" if parity else "not run"
-        rates = [speed.get(key, "not run") for key in ("onnxruntime", "torch", "torch.compile")]
+        rates = [speed.get(key, "not run") for key in ("onnxruntime", "CUDA graph", "torch", "torch.compile")]
         cells = [f"{rate:.1f}/s" if isinstance(rate, float) else str(rate) for rate in rates]
         counts = (str(static["device"]), str(static["shapes"]), str(len(static["lost"])))
         table.add_row(name, *counts, one["fused"], off, *cells)

@@ -68,6 +68,7 @@ def bench(
     runs: int = 20,
     providers: Sequence[str] = (),
     threads: int = 0,
+    cuda_graph: bool = False,
     plot: str | Path | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
@@ -91,6 +92,7 @@ def bench(
         runs: rounds that count, two at least; two more go before.
         providers: where graphs run, best first: `cuda`, `cpu`.
         threads: of one operation, in ONNX Runtime and in torch; 0: as many as they choose.
+        cuda_graph: let CUDA replay a run of the graphs as one, where they have no cache: one for each batch and length.
         plot: a file for a bar chart, `.png`, `.svg` or `.pdf`; matplotlib draws it.
 
     Raises:
@@ -102,7 +104,7 @@ def bench(
     _check(runs, new_tokens, threads)
     check_plot(plot)
     given = _worn(adapters, weight, against, allow_pickle)
-    settings = Sessions(providers, threads)
+    settings = Sessions(providers, threads, cuda_graph)
     ours, said = _opened(model, settings)
     fit, unfit = _fitting(said, lengths, new_tokens)
     with (

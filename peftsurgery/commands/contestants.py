@@ -84,11 +84,12 @@ class Sessions(NamedTuple):
 
     providers: Sequence[str]
     threads: int
+    cuda_graph: bool = False
 
     def open(self, files: Sequence[Path]) -> Any:
         from peftsurgery.graph.pair import opened
 
-        return opened(files, self.providers or None, threads=self.threads)
+        return opened(files, self.providers or None, threads=self.threads, cuda_graph=self.cuda_graph)
 
 
 def _makers(

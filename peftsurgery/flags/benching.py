@@ -37,6 +37,9 @@ benching_options = together(
         show_default=True,
         help="Of one operation; 0: as many as fit.",
     ),
+    click.option(
+        "--cuda-graph", is_flag=True, help="Let CUDA replay a run as one; for graphs without a cache."
+    ),
     click.option("--plot", type=click.Path(), help="A .png, .svg or .pdf for a bar chart."),
 )
 """The options that say what is timed, beside what, and how often."""

@@ -138,7 +138,7 @@ def sample(signature: Signature) -> dict[str, Array]:
 
 
 def _filled(random: np.random.Generator, signature: Signature, port: Port) -> Array:
-    shape = tuple(axis if isinstance(axis, int) else _long(axis) for axis in port.axes)
+    shape = tuple(long(axis, SIZES) for axis in port.axes)
     if port.name.endswith("mask"):
         return _as(np.arange(shape[1]) < shape[1] - 4 * np.arange(shape[0])[:, None], port)
     if port.name == "input_ids":
@@ -146,9 +146,14 @@ def _filled(random: np.random.Generator, signature: Signature, port: Port) -> Ar
     return _as(random.standard_normal(shape), port)
 
 
-def _long(axis: str) -> int:
-    """Of `sequence_length + 20`, 20 more than of `sequence_length`."""
-    return sum(int(word) if word.isdigit() else SIZES[word] for word in axis.split(" + "))
+def long(axis: int | str, sizes: Mapping[str, int]) -> int:
+    """How long an axis is, by the sizes of those with names: `sequence_length + 20` is 20 more than that.
+
+    Raises:
+        KeyError: a name has no size.
+    """
+    words = [axis] if isinstance(axis, int) else axis.split(" + ")
+    return sum(int(word) if str(word).isdigit() else sizes[str(word)] for word in words)
 
 
 def _image(random: np.random.Generator, port: Port, rows: int) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from peftsurgery.errors import ExportError
 from peftsurgery.graph.inputs import Array
 from peftsurgery.graph.seq2seq import DECODER, ENCODER, MASK, OWN, SINGLE
 from peftsurgery.graph.session import Feeds, Session
@@ -107,15 +108,21 @@ def opened(
     *,
     threads: int = 0,
     packed: bool = True,
+    cuda_graph: bool = False,
 ) -> Session | Pair:
     """What runs the graphs of one model.
 
     Args:
-        providers, threads, packed: see `Session`.
+        providers, threads, packed, cuda_graph: see `Session`; an encoder-decoder is no CUDA graph.
 
     Raises:
         ExportError: as `Session` does.
     """
     if len(files) == 1:
-        return Session(files[0], providers, threads=threads, packed=packed)
+        return Session(files[0], providers, threads=threads, packed=packed, cuda_graph=cuda_graph)
+    if cuda_graph:
+        raise ExportError(
+            f"{files[1]} writes: its keys and values grow with every token, and a CUDA graph has one size. "
+            "Leave it out."
+        )
     return Pair(files[0], files[1], providers, threads=threads, packed=packed)

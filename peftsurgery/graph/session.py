@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from peftsurgery.errors import ExportError
 from peftsurgery.graph import cache, precision
+from peftsurgery.graph.captured import Captured
 from peftsurgery.graph.layers import revealed
 from peftsurgery.graph.limits import longest
 from peftsurgery.graph.signature import BATCH, LENGTH, RECORDED, Port, Signature
@@ -39,6 +40,8 @@ class Session:
         reveal: values inside of the graph that come out too.
         packed: copy every matrix into the order that the processor likes, as ONNX Runtime does unless told otherwise;
             without it weights in files are mapped and take no memory of their own.
+        cuda_graph: let CUDA record the kernels of a run and replay them at once; of every batch and length the first
+            run is recorded, and keeps its memory. For graphs without a cache.
 
     Attributes:
         provider: where it really runs, in ONNX Runtime's word.
@@ -46,7 +49,8 @@ class Session:
         widened: whether it runs in float32, because ONNX Runtime's CPU has no bfloat16.
 
     Raises:
-        ExportError: a provider that was asked for does not work here, or ONNX Runtime refuses the graph.
+        ExportError: a provider that was asked for does not work here, ONNX Runtime refuses the graph, or it cannot be
+            a CUDA graph.
     """
 
     def __init__(
@@ -57,14 +61,19 @@ class Session:
         threads: int = 0,
         reveal: Sequence[str] = (),
         packed: bool = True,
+        cuda_graph: bool = False,
     ) -> None:
         wanted = _asked(providers) if providers else _default()
-        self._session, said, self.widened = _open(Path(path), wanted, _options(threads, packed), reveal)
+        if cuda_graph and wanted[0] != CUDA:
+            raise ExportError(f"A CUDA graph does not run on {wanted[0]}. Name `cuda`, or leave it out.")
+        options = _options(threads, packed)
+        self._session, said, self.widened = _open(Path(path), wanted, options, reveal, cuda_graph)
         self.provider: str = self._session.get_providers()[0]
         unloaded = "" if self.provider == wanted[0] else _unloaded(wanted[0], said)
-        if providers and unloaded:
+        if (providers or cuda_graph) and unloaded:
             raise ExportError(unloaded)
         self.remark = " ".join(filter(None, [unloaded, WIDENED if self.widened else ""]))
+        self._captured = self._capturing(path) if cuda_graph else None
 
     def run(self, feeds: Feeds) -> dict[str, npt.NDArray[Any]]:
         """The outputs by name; a feed that the graph does not take is left out, and a float gets its port's dtype.
@@ -80,10 +89,20 @@ class Session:
             raise ExportError(
                 f"The graph takes {lost[0]!r}, and the feeds are {', '.join(feeds)}. Feed it too."
             )
+        if self._captured is not None:
+            return self._captured.run(feeds)
         given = {port.name: held(feeds[port.name], port.type) for port in ports}
         outputs = [port.name for port in self._session.get_outputs()]
         found = self._session.run_with_ort_values(None, given)
         return {name: array(value) for name, value in zip(outputs, found, strict=True)}
+
+    def _capturing(self, path: Path | str) -> Captured:
+        if self.past_ports():
+            raise ExportError(
+                f"{path} is a decoder's: its keys and values grow with every token, and a CUDA graph has one size. "
+                "Leave it out."
+            )
+        return Captured(self._session)
 
     def step(self, feeds: Feeds, past: Mapping[str, Any]) -> tuple[npt.NDArray[Any], dict[str, Any]]:
         """The first output of new tokens behind a `past`, and the others, which stay on the device.
@@ -93,7 +112,14 @@ class Session:
         Args:
             feeds: arrays by name; one that the graph does not take is left out.
             past: by the names of the inputs: arrays, or what a step before gave.
+
+        Raises:
+            ExportError: the session is of CUDA graphs, which have no steps.
         """
+        if self._captured is not None:
+            raise ExportError(
+                "A CUDA graph runs whole batches, and no steps. Call `run`, or open without it."
+            )
         import onnxruntime as ort
 
         device = "cuda" if self.provider == CUDA else "cpu"
@@ -181,6 +207,12 @@ def _asked(words: Sequence[str]) -> list[str]:
     return wanted
 
 
+def _means(wanted: Sequence[str], cuda_graph: bool) -> list[Any]:
+    """The providers as ONNX Runtime takes them, with their options."""
+    own = {CUDA: {"enable_cuda_graph": "1"}} if cuda_graph else {}
+    return [(name, own[name]) if name in own else name for name in wanted]
+
+
 def _options(threads: int, packed: bool) -> Any:
     import onnxruntime as ort
 
@@ -191,11 +223,13 @@ def _options(threads: int, packed: bool) -> Any:
     return options
 
 
-def _open(path: Path, wanted: list[str], options: Any, reveal: Sequence[str]) -> tuple[Any, str, bool]:
+def _open(
+    path: Path, wanted: list[str], options: Any, reveal: Sequence[str], cuda_graph: bool
+) -> tuple[Any, str, bool]:
     """The session, what ONNX Runtime printed, and whether it runs in float32 for want of bfloat16."""
     import onnxruntime as ort
 
-    source = revealed(path.read_bytes(), reveal) if reveal else str(path)
+    source, means = revealed(path.read_bytes(), reveal) if reveal else str(path), _means(wanted, cuda_graph)
     if reveal:
         options.add_session_config_entry(FOLDER, str(path.resolve().parent))
     with _captured() as said:
@@ -203,7 +237,7 @@ def _open(path: Path, wanted: list[str], options: Any, reveal: Sequence[str]) ->
             # Finds the libraries in the wheels that `onnxruntime-gpu[cuda,cudnn]` brings, and those of torch.
             ort.preload_dlls()
         try:
-            return ort.InferenceSession(source, options, providers=wanted), said.getvalue(), False
+            return ort.InferenceSession(source, options, providers=means), said.getvalue(), False
         except Exception as error:  # ONNX Runtime's errors have no public base
             if "NOT_IMPLEMENTED" in str(error) and CPU in wanted and precision.is_bfloat16(path):
                 return _widened(path, options, reveal), said.getvalue(), True

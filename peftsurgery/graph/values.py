@@ -32,5 +32,5 @@ def array(value: Any) -> npt.NDArray[Any]:
     if value.data_type() != BFLOAT16:
         found: npt.NDArray[Any] = value.numpy()
         return found
-    widened: npt.NDArray[Any] = torch.utils.dlpack.from_dlpack(value).float().numpy()
+    widened: npt.NDArray[Any] = torch.utils.dlpack.from_dlpack(value).float().cpu().numpy()
     return widened

@@ -118,6 +118,7 @@ def test_an_export_alone(run: Run, bert: Path, tmp_path: Path) -> None:
         ({"length": [64]}, "shorter `--length`"),
         ({"plot": "chart.txt"}, ".png"),
         ({"adapters": "nowhere"}, "nowhere"),
+        ({"cuda_graph": True, "providers": ["cpu"]}, "CUDA graph does not run on CPU"),
     ],
 )
 def test_what_makes_no_sense_is_refused(llama: Path, words: dict[str, object], said: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -10,11 +12,13 @@ import onnxruntime
 import pytest
 
 from peftsurgery.errors import ExportError
+from peftsurgery.graph import captured, weights
 from peftsurgery.graph import session as module
-from peftsurgery.graph import weights
 from peftsurgery.graph.session import CPU, CUDA, Session
 from peftsurgery.graph.signature import Port
 from tests.units.graphs import graph, node, noise
+
+REAL = onnxruntime.InferenceSession
 
 
 @pytest.fixture
@@ -60,6 +64,70 @@ def test_cuda_that_does_not_start_is_said_and_not_printed(
     with pytest.raises(ExportError, match=r"CUDA.*did not start: Failed to load libcublasLt"):
         Session(path, ["cuda", "cpu"])
     assert capfd.readouterr() == ("", "")
+
+
+class Replaying:
+    """ONNX Runtime with CUDA, played by the CPU's: it notes its providers, and what every run was bound to."""
+
+    def __init__(self, *words: Any, providers: Sequence[Any]) -> None:
+        self.real = REAL(*words, providers=[CPU])
+        self.asked, self.runs = providers, list[tuple[Any, str]]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def get_providers(self) -> list[str]:
+        return [CUDA, CPU]
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        self.runs.append((binding, options.get_run_config_entry("gpu_graph_id")))
+        self.real.run_with_iobinding(binding, options)
+
+
+@pytest.fixture
+def replaying(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Replaying)
+    monkeypatch.setattr(captured, "DEVICE", "cpu")
+
+
+@pytest.mark.usefixtures("replaying")
+def test_a_cuda_graph_is_recorded_once_for_a_shape_and_fed_in_place(path: Path) -> None:
+    session = Session(path, cuda_graph=True)
+    played: Any = session._session
+    assert played.asked == [(CUDA, {"enable_cuda_graph": "1"}), CPU]
+    for ids in ([6, 0], [1, 1], [3], [2, 5]):
+        found = session({"x": noise(len(ids), 4), "ids": np.array(ids)})["y"]
+        assert np.array_equal(found, noise(len(ids), 4) + noise(7, 4)[ids])
+    bindings, numbers = zip(*played.runs, strict=True)
+    assert numbers == ("1", "1", "2", "1"), "a number of its own for each shape"
+    assert bindings[0] is bindings[1] is bindings[3] is not bindings[2]
+    with pytest.raises(ExportError, match="runs whole batches"):
+        session.step({}, {})
+
+
+@pytest.mark.usefixtures("replaying")
+def test_what_grows_or_has_no_size_is_no_cuda_graph(tmp_path: Path) -> None:
+    model = graph([node("NonZero", "ids", "at"), node("Gather", "x at", "y")], {})
+    model.graph.outputs[0].shape = ir.Shape([1, "found", 4])
+    session = Session(weights.save(model, tmp_path)[0], cuda_graph=True)
+    with pytest.raises(ExportError, match=r"size of 'y' is 'found', which no input tells"):
+        session({"x": noise(2, 4), "ids": np.array([1, 1])})
+    keys = model.graph.inputs[0]
+    keys.name, keys.shape = "past_key_values.0.key", ir.Shape(["batch", 2, "past", 4])
+    with pytest.raises(ExportError, match=r"grow with every token.*Leave it out"):
+        Session(weights.save(model, tmp_path)[0], cuda_graph=True)
+
+
+def test_a_cuda_graph_needs_cuda(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ExportError, match=r"does not run on CPU.*Name `cuda`"):
+        Session(path, ["cpu"], cuda_graph=True)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [CUDA, CPU])
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *a, providers: REAL(*a, providers=[CPU]))
+    with pytest.raises(ExportError, match="did not start"):
+        Session(path, cuda_graph=True)
 
 
 def test_a_file_that_the_runtime_refuses(tmp_path: Path) -> None:
