@@ -28,12 +28,14 @@ class Halfway:
 
     Args:
         file: its name when it is whole.
+        start: where its tensors begin, which is otherwise where it can share pages with the base.
         sums: for each job that is done what its bytes are known by.
         tallies: how far they moved the tensors.
         since: bytes that were written after the last note.
     """
 
     file: Path
+    start: int
     sums: list[int | None] = field(default_factory=list)
     tallies: defaultdict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
     since: int = 0
@@ -50,7 +52,7 @@ class Halfway:
         with writing(self.file):
             os.fsync(descriptor)
         tallies = {name: asdict(tally) for name, tally in self.tallies.items()}
-        write_json(_note(self.file), {"sums": self.sums, "tallies": tallies})
+        write_json(_note(self.file), {"start": self.start, "sums": self.sums, "tallies": tallies})
         self.since = 0
 
 
@@ -65,18 +67,18 @@ def parts(file: Path) -> tuple[Path, ...]:
     return both if all(part.is_file() for part in both) else ()
 
 
-def found(file: Path) -> Halfway:
-    """What is noted of a file; a note that is not understood says nothing."""
-    known = Halfway(file)
+def found(file: Path, start: int) -> Halfway:
+    """What is noted of a file whose tensors begin at `start`; a note of another, or of none, says nothing."""
+    known = Halfway(file, start)
     if not parts(file):
         return known
     try:
         said = json.loads(_note(file).read_bytes())
         known.tallies.update({name: Tally(**told) for name, told in said["tallies"].items()})
         known.sums.extend(said["sums"])
+        return known if said["start"] == start else Halfway(file, start)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Halfway(file)
-    return known
+        return Halfway(file, start)
 
 
 def forget(file: Path) -> None:

@@ -104,7 +104,7 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
         events = deque(_events(task.pieces, len(head)))
         todo = list(jobs(task.pieces, len(head), task.device))
         run = partial(_run, out=out, device=task.device, measure=task.measure)
-        so_far = _so_far(task, todo)
+        so_far = _so_far(task, todo, len(head), out)
         rest = todo[len(so_far.sums) :]
         for job, found in zip(rest, pool.map(run, rest), strict=True):
             so_far.sums.append(found.sum)
@@ -122,13 +122,16 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
     return ShardDone(task.file, size, whole, unshared=why, sums=tuple(so_far.sums))
 
 
-def _so_far(task: ShardTask, todo: Sequence[Move | Make]) -> halfway.Halfway:
-    """What of the file is there as it was noted; nothing where a byte of that is another."""
-    known = halfway.found(task.file)
-    noted = todo[: len(known.sums)]
-    if noted and _agree_all(halfway.unfinished(task.file), noted, known.sums, task.threads):
+def _so_far(task: ShardTask, todo: Sequence[Move | Make], start: int, out: Output) -> halfway.Halfway:
+    """What of the file, whose tensors begin at `start`, is there as it was noted; nothing where a byte is another.
+
+    Where pages are shared the first one was just tried with, and shared bytes have no sums that would tell.
+    """
+    known = halfway.found(task.file, start)
+    noted, spoilt = todo[: len(known.sums)], out.shares and start < PAGE
+    if noted and not spoilt and _agree_all(halfway.unfinished(task.file), noted, known.sums, task.threads):
         return known
-    return halfway.Halfway(task.file)
+    return halfway.Halfway(task.file, start)
 
 
 def _shared(task: ShardTask) -> tuple[str, str]:

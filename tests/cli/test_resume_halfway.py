@@ -9,13 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peftsurgery.disk import halfway, jobs
+from peftsurgery.disk import halfway, jobs, output, writer
 from peftsurgery.disk.resumable import beside
+from peftsurgery.disk.rooms import PAGE
+from tests.cli.conftest import digest
 from tests.cli.test_resume import (
     adapter,
     check_blind,
+    clear,
+    finished,
     job,
     resume_checked,
     room,
@@ -32,9 +38,14 @@ __all__ = ["adapter", "job", "room", "tmp_path", "whole"]
 
 @pytest.fixture(scope="module")
 def llama(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The base, in one file."""
+    """The base, in one file, whose header is almost two pages long."""
     path = tmp_path_factory.mktemp("one file")
     AutoModelForCausalLM.from_pretrained(llama).save_pretrained(path)
+    file = path / "model.safetensors"
+    data = file.read_bytes()
+    stop = 8 + int.from_bytes(data[:8], "little")
+    text = data[8:stop].ljust(2 * PAGE - 96 - 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[stop:])
     return path
 
 
@@ -79,7 +90,49 @@ def test_a_merge_that_is_stopped_is_resumed(
         tried += 1
         halves += any(room.rglob(f".model*{halfway.NOTE}"))
         resume_checked(job, room, whole)
-    assert tried > 10 and halves > 5
+    assert tried > 10 and halves > 2
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors lie in pages as in the base's file, as those of a large file do."""
+    monkeypatch.setattr(writer, "BLOCK", 0)
+
+
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that lets files share pages; here they are copied."""
+
+    def share(out: output.Output, source: Path, begin: int, start: int, nbytes: int) -> bool:
+        if not out.shares or nbytes <= 0 or begin % PAGE or start % PAGE or nbytes % PAGE:
+            return False
+        os.pwrite(out.plain, source.read_bytes()[begin:][:nbytes], start)
+        return True
+
+    monkeypatch.setattr(output, "share", share)
+    monkeypatch.setattr(jobs, "share", share)
+
+
+@pytest.mark.usefixtures("pages", "shares")
+def test_pages_that_are_shared_have_no_sums(job: Job, room: Path, whole: dict[str, str]) -> None:
+    for _ in points(job, "kill", CHANGES, step=3):
+        resume_checked(job, room, whole)
+
+
+def test_a_base_that_shares_no_longer_is_begun_anew(
+    job: Job, room: Path, pages: None, whole: dict[str, str], shares: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without sharing a file is laid out otherwise."""
+    expected = load_file(room.parent / "whole" / "model.safetensors")
+    for _ in points(job, "kill", CHANGES, step=3):
+        with monkeypatch.context() as elsewhere:
+            elsewhere.setattr(writer, "sharing", lambda out, source: False)
+            if not finished(room, digest(room / "out") if (room / "out").exists() else {}):
+                job(resume=True)
+        held = load_file(room / "out" / "model.safetensors")
+        assert held.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in held.items())
+        clear(room)
 
 
 def test_what_is_noted_is_not_made_again(
