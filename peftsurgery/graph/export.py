@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peftsurgery.errors import ExportError, UnsupportedModel, cause
 from peftsurgery.graph import cache, layers, linear, passes, precision, reference, sites, virtual
 from peftsurgery.graph.inputs import as_torch, sample
-from peftsurgery.graph.posture import Clamped, eager, evaluating
+from peftsurgery.graph.posture import blind, eager
 from peftsurgery.graph.reference import Held
 from peftsurgery.graph.signature import RECORDED, Port, Signature, call
 
@@ -96,7 +96,7 @@ def trace(
     """
     with layers.watched(watch or {}) as seen:
         flat = Flat(model, signature, prefix or {}, layers.telling(run, seen))
-        with evaluating(flat), eager(model), Clamped(), quiet():
+        with blind(flat), eager(model), quiet():
             graph = _traced(flat, signature, opset)
     remembered = layers.take_off(graph, len(signature.outputs), [*seen])
     parameters = _rename(graph, model, names)

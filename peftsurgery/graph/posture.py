@@ -44,7 +44,7 @@ def eager(model: nn.Module) -> Iterator[None]:
             config._attn_implementation = words
 
 
-class Clamped(TorchFunctionMode):
+class _Clamped(TorchFunctionMode):
     """Layers that clamp their own values where some are infinite always clamp them.
 
     In float16 BART asks `isfinite(x).all()` and T5 `isinf(x).any()` before they clamp to 64504. A trace cannot ask, so
@@ -64,3 +64,10 @@ class Clamped(TorchFunctionMode):
         if func in (torch.isfinite, torch.isinf):
             self.asked.append(found)
         return found
+
+
+@contextmanager
+def blind(model: nn.Module) -> Iterator[None]:
+    """Evaluation where tensors may have no values: in a trace, and where only shapes and dtypes are asked for."""
+    with evaluating(model), _Clamped():
+        yield

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftsurgery.graph.cache import PARTS, PAST, PRESENT, Constant, joined
-from peftsurgery.graph.posture import evaluating
+from peftsurgery.graph.posture import blind
 from peftsurgery.graph.signature import BATCH, BEFORE, LENGTH, SOURCE, WRITTEN, Port, Signature, dtype_of
 
 SINGLE, ENCODER, DECODER = "model.onnx", "encoder_model.onnx", "decoder_model.onnx"
@@ -83,7 +83,7 @@ def name(kind: str, layer: int, whose: str, part: str) -> str:
 def _probed(source: nn.Module, model: nn.Module) -> list[Tensor]:
     """The keys and values of the cross-attention, of two short rows."""
     ids = torch.ones((2, 3), dtype=torch.long, device=next(model.parameters()).device)
-    with evaluating(model):
+    with blind(model):
         given = source(input_ids=ids, attention_mask=ids)
     return [tensor for word, tensor in given.items() if word.startswith(PRESENT)]
 

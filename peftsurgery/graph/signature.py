@@ -14,7 +14,7 @@ from peftsurgery.dtypes import DTYPES
 from peftsurgery.errors import UnsupportedModel, cause, listing
 from peftsurgery.graph import cache
 from peftsurgery.graph.limits import begins_with, longest_of
-from peftsurgery.graph.posture import evaluating
+from peftsurgery.graph.posture import blind
 from peftsurgery.tasks import TASKS, Task, task_of
 from peftsurgery.tasks import task as task_named
 
@@ -243,7 +243,7 @@ def _probe(model: nn.Module, ports: tuple[Port, ...], cached: bool) -> Mapping[s
         for port in ports
     }
     try:
-        with evaluating(model):
+        with blind(model):
             return model(**feeds, use_cache=True, return_dict=True) if cached else call(model, feeds)
     except Exception as error:  # whatever the model's own code raises
         raise UnsupportedModel(

@@ -16,8 +16,6 @@ from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGenera
 import peftsurgery as ps
 from peftsurgery.graph import parity, seq2seq, weights
 from peftsurgery.graph.export import trace
-from peftsurgery.graph.pair import Pair, opened
-from peftsurgery.graph.placement import placed
 from peftsurgery.graph.session import Session
 from peftsurgery.graph.signature import signature
 from peftsurgery.live.precision import coarsest, convert, exact
@@ -56,7 +54,7 @@ def test_a_half_is_near_float32_from_the_same_weights(name: str, dtype: torch.dt
     assert coarsest(model) is dtype
 
 
-def near(runner: Session | Pair, model: nn.Module, dtype: torch.dtype) -> None:
+def near(runner: Session, model: nn.Module, dtype: torch.dtype) -> None:
     """Within two steps of the dtype of the same rounded weights in float32; not equal, for it is a half."""
     said = signature(model)
     with exact(model):
@@ -82,11 +80,14 @@ def cast_to(node: ir.Node) -> torch.dtype:
 
 
 @pytest.mark.parametrize("subject", [SMALL_BART, GATED], ids=str)
-def test_encoder_decoders_that_clamp_themselves_are_near_in_float16(subject: Case, tmp_path: Path) -> None:
+def test_encoder_decoders_that_clamp_themselves_export_in_float16(subject: Case, tmp_path: Path) -> None:
+    """From the checkpoint alone, where no value is there to be asked for."""
     model = subject.model()
     convert(model, torch.float16)
-    files = [saved_half(half, tmp_path) for half in seq2seq.halves(model, signature(model))]
-    near(opened(files), model, torch.float16)
+    model.save_pretrained(tmp_path / "base")
+    words = {"weights": "reference", "target": "cuda", "check_placement": "cuda"}
+    report = ps.export_onnx(tmp_path / "base", out=tmp_path / "onnx", **words)
+    assert report.facts["parity"]["accepted"]["why"] == "8 steps of float16"
 
 
 def test_what_overflows_is_clamped_as_torch_does(tmp_path: Path) -> None:
@@ -94,19 +95,13 @@ def test_what_overflows_is_clamped_as_torch_does(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.encoder.layers[-1].final_layer_norm.weight.fill_(60000)
     convert(model, torch.float16)
-    encoder = Session(saved_half(seq2seq.halves(model, signature(model))[0], tmp_path), ["cpu"])
-    feeds = texts()
+    half, feeds = seq2seq.halves(model, signature(model))[0], texts()
+    weights.save(trace(half.module, half.signature, run=seq2seq.run), tmp_path)
+    encoder = Session(tmp_path / "model.onnx", ["cpu"])
     with torch.no_grad():
         expected = model.model.encoder(**feeds).last_hidden_state.numpy()
     found = encoder({name: tensor.numpy() for name, tensor in feeds.items()})["last_hidden_state"]
     assert expected.max() == found.max() == 64504 and np.isfinite(found).all()
-
-
-def saved_half(half: seq2seq.Half, directory: Path) -> Path:
-    """The file of one of an encoder-decoder's two graphs, every node of which CUDA has a kernel for."""
-    graph = trace(half.module, half.signature, run=seq2seq.run, fuse=True)
-    assert placed(graph).lost == ()
-    return weights.save(graph, directory, half.file)[0]
 
 
 def test_a_row_that_sees_nothing_is_finite_in_float16(tmp_path: Path) -> None:
