@@ -46,10 +46,12 @@ Words = dict[str, Any]
 
 SHALLOW = {"num_hidden_layers": 1, "n_layer": 1, "num_layers": 1}
 SOME_T5, SOME_BART = {**pairs.T5, **pairs.WORDS}, {**pairs.BART, **pairs.PLACES, "decoder_layers": 1}
+SHARED = {**decoders.GROUPED, **decoders.EXPERTS, "shared_expert_intermediate_size": 24}
+DECODERS: dict[str, Words] = {**decoders.CASES, "Qwen2MoeForCausalLM": SHARED}
 GATED = {**SOME_T5, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 FAMILIES: dict[str, dict[str, tuple[str, Words]]] = {
     "encoders": {case.name: (case.name, {**ENCODER, **dict(case.own)}) for case in ENCODERS},
-    "decoders": {name: (name, {**decoders.SIZES, **own, **SHALLOW}) for name, own in decoders.CASES.items()},
+    "decoders": {name: (name, {**decoders.SIZES, **own, **SHALLOW}) for name, own in DECODERS.items()},
     "encoder-decoders": {
         "T5ForConditionalGeneration": ("T5ForConditionalGeneration", SOME_T5),
         "T5ForConditionalGeneration, gated": ("T5ForConditionalGeneration", GATED),

@@ -37,12 +37,39 @@ def calls(model: ir.Model) -> Iterator[Call]:
         dtype = value.dtype if tensor is None else tensor.dtype
         if dtype is not None:
             known[value.name] = word(dtype)
-    for node in model.graph:
-        schema = _schema(node.domain, node.op_type, model.graph.opset_imports.get(node.domain, 1))
+    yield from _calls(model.graph, model.graph.opset_imports, known)
+
+
+def _calls(body: ir.Graph, opsets: Mapping[str, int], known: dict[str | None, str]) -> Iterator[Call]:
+    """Those of a body of a Loop or an If come in front of the Loop or the If."""
+    import onnx_ir as ir
+
+    for node in body:
+        schema = _schema(node.domain, node.op_type, opsets.get(node.domain, 1))
         types = _typed(node, schema, known)
+        attributes = node.attributes.values()
+        for inner in [a.as_graph() for a in attributes if a.type == ir.AttributeType.GRAPH]:
+            yield from _calls(_entered(node, inner, known), opsets, known)
+            _left(node, inner, known)
         since = 1 if schema is None else schema.since_version
         gives = () if schema is None else tuple(f.typeStr for _, f in _paired(node.outputs, schema.outputs))
         yield Call(node, node.domain, node.op_type, since, types, gives)
+
+
+def _entered(node: ir.Node, body: ir.Graph, known: dict[str | None, str]) -> ir.Graph:
+    """The body, when what a Loop hands to it is known: its number, whether to go on, and what is carried along."""
+    carried = [known.get(value.name) for value in node.inputs[2:] if value is not None]
+    for value, kind in zip(body.inputs, ["tensor(int64)", "tensor(bool)", *carried], strict=False):
+        if kind is not None:
+            known[value.name] = kind
+    return body
+
+
+def _left(node: ir.Node, body: ir.Graph, known: dict[str | None, str]) -> None:
+    """What a body gives, its last outputs, is of the type that the node gives."""
+    for value, given in zip(node.outputs, body.outputs[len(body.outputs) - len(node.outputs) :], strict=True):
+        if given.name in known:
+            known[value.name] = known[given.name]
 
 
 def word(dtype: ir.DataType) -> str:

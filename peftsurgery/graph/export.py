@@ -117,6 +117,8 @@ def trace(
 
 
 def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
+    from peftsurgery.graph import experts
+
     sample = _sample(flat)
     free = tuple(free_axes(port) for port in signature.inputs)
     try:
@@ -130,6 +132,7 @@ def _traced(flat: Flat, signature: Signature, opset: int) -> ir.Model:
             dynamic_shapes={"tensors": free},
             input_names=[port.name for port in signature.inputs],
             output_names=[port.name for port in signature.outputs],
+            custom_translation_table=experts.translations(),
         )
     except Exception as error:  # dynamo's, torch.export's and the model's own share no base
         raise UnsupportedModel(

@@ -30,6 +30,8 @@ HOST = {
     "TopK": (1,),
     "Resize": (1, 2, 3),
     "GroupQueryAttention": (6,),
+    "Loop": (0, 1),
+    "If": (0,),
 }
 """Inputs that the CUDA kernels read in the CPU's memory: shapes, axes, bounds."""
 SHAPES = frozenset({"Shape", "Size"})

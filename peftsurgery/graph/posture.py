@@ -26,7 +26,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def eager(model: nn.Module) -> Iterator[None]:
-    """Attention written out as products and a softmax, which is the leanest graph up to opset 22.
+    """Attention written out as products and a softmax, which is the leanest graph up to opset 22, and experts that
+    each multiply the words sent to them, in the one operation that `experts` writes.
 
     The configurations say it, one for every model inside: Falcon reads its own at every call, though it refuses
     transformers' `set_attn_implementation`.
@@ -34,14 +35,14 @@ def eager(model: nn.Module) -> Iterator[None]:
     from transformers import PreTrainedModel
 
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    before = [config._attn_implementation for config in configs]
+    before = [(config._attn_implementation, config._experts_implementation) for config in configs]
     for config in configs:
-        config._attn_implementation = "eager"
+        config._attn_implementation, config._experts_implementation = "eager", "grouped_mm"
     try:
         yield
     finally:
         for config, words in zip(configs, before, strict=True):
-            config._attn_implementation = words
+            config._attn_implementation, config._experts_implementation = words
 
 
 class _Clamped(TorchFunctionMode):

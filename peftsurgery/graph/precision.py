@@ -41,7 +41,7 @@ def _scalars(model: ir.Model) -> Iterator[tuple[str | None, ir.Value, ir.TensorP
     """The float16 constants of one element, in initializers and in Constant nodes."""
     import onnx_ir as ir
 
-    made = [node.outputs[0] for node in model.graph if node.op_type == "Constant"]
+    made = [node.outputs[0] for node in model.graph.all_nodes() if node.op_type == "Constant"]
     for value in [*model.graph.initializers.values(), *made]:
         tensor = value.const_value or _held(value)
         if tensor is not None and tensor.size == 1 and tensor.dtype == ir.DataType.FLOAT16:
@@ -78,9 +78,10 @@ def widened(path: Path) -> bytes:
 
     model = ir.load(path)
     first = next(iter(model.graph), None)
-    for value in [*model.graph.inputs, *model.graph.outputs]:
-        _widen(value)
-    for node in model.graph:
+    for body in (model.graph, *model.graph.subgraphs()):
+        for value in [*body.inputs, *body.outputs]:
+            _widen(value)
+    for node in model.graph.all_nodes():
         for output in node.outputs:
             _widen(output)
         _retarget(node)

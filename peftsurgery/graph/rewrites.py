@@ -174,6 +174,7 @@ def _cut(part: ir.Value) -> tuple[int, int] | None:
 IDLE = (
     common.collapse_slice_rule,
     common.no_op_transpose_rule,
+    common.transpose_transpose_rule,
     *common.add_0_rule.commute(),
     *common.mul_by_1_rule.commute(),
     common.squeeze_reshape_1d_rule,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from peftsurgery.errors import NotReferable
 from peftsurgery.live import pretrained
 from tests.cli.conftest import adapter_for
 from tests.cli.test_export_reference import bytes_at, external, raw
+from tests.subjects import transformer
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MIXTRAL = {"num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 99, "num_local_experts": 4}
@@ -27,6 +29,13 @@ def dino() -> torch.nn.Module:
 
 def mixtral() -> torch.nn.Module:
     return MixtralForCausalLM(MixtralConfig(**SMALL, **MIXTRAL))
+
+
+def experts() -> torch.nn.Module:
+    words = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
+    return transformer(
+        "Qwen3MoeForCausalLM", {**SMALL, **words, "num_key_value_heads": 2, "vocab_size": 1999}
+    )
 
 
 @pytest.mark.parametrize("made", [dino, mixtral], ids=["split", "stacked"])
@@ -53,6 +62,26 @@ def test_what_is_assembled_is_written_and_the_rest_referred_to(tmp_path: Path) -
     for name in held.keys() & written:
         if "q_proj" not in name:
             assert bytes_at(out, held[name]) == raw(live[name]), name
+
+
+def test_experts_are_read_one_by_one_as_they_are_stored(tmp_path: Path) -> None:
+    experts().save_pretrained(tmp_path / "base")
+    report = ps.export_onnx(tmp_path / "base", out=tmp_path / "onnx", weights="reference")
+    assert report.facts["parity"]["max_abs_diff"] <= 1e-4
+    graph = ir.load(tmp_path / "onnx" / "model.onnx").graph
+    stacks = [value for name, value in graph.initializers.items() if ".experts." in name]
+    assert len(stacks) == 4
+    for stack in stacks:
+        assert [node.op_type for node, _ in stack.uses()] == ["Gather"], "nothing writes it again"
+        assert all(node.graph is not graph for node, _ in stack.uses())
+
+
+def test_experts_of_bfloat16_and_how_the_model_stood(tmp_path: Path) -> None:
+    model = experts().bfloat16()
+    model.set_experts_implementation("eager")
+    report = ps.export_onnx(model, out=tmp_path / "onnx", dtype="bfloat16")
+    assert report.facts["parity"]["max_abs_diff"] <= report.facts["parity"]["tolerance"]
+    assert model.get_experts_implementation() == {"": "eager"}
 
 
 def test_an_adapter_on_what_is_assembled(tmp_path: Path) -> None:

@@ -22,9 +22,7 @@ HERE = (
     ("images", "BeitForImageClassification", LORA),
     ("images", "SwinForImageClassification", LORA),
     ("images", "Dinov2Model", LORA),
-    ("images", "BeitForImageClassification", FUSION),
     ("images", "SwinForImageClassification", FUSION),
-    ("images", "Dinov2Model", FUSION),
     ("images", "CLIPTextModel", FUSION),
 )
 """What no other test exports."""
