@@ -85,6 +85,7 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.soft_matrix
 	$(BIN)/python -m benchmarks.export_memory
 	$(BIN)/python -m benchmarks.linear_maps
+	$(BIN)/python -m benchmarks.experts
 	$(BIN)/python -m benchmarks.latency
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.in_place
