@@ -9,13 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from onnxscript import INT32, script
-from onnxscript import opset18 as op
+from onnxscript import INT32, opset18, script
 from onnxscript.function_libs.torch_lib.tensor_typing import TFloat
 from transformers.integrations import moe
 
+op: Any = opset18
 
-@script()  # type: ignore[untyped-decorator]
+
+@script()
 def grouped(x: TFloat, w: TFloat, ends: INT32) -> TFloat:
     """Of words (S, in), matrices (experts, in, out) and the number of the word behind each group's last (experts,)."""
     stored = op.Transpose(w, perm=[0, 2, 1])  # the model has transposed what is stored, and both go
@@ -34,7 +35,7 @@ def grouped(x: TFloat, w: TFloat, ends: INT32) -> TFloat:
             more = op.Identity(product)
         product = more
         start = op.Identity(stop)
-    return product
+    return product  # type: ignore[no-any-return]
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:

@@ -62,7 +62,8 @@ def hollow(
         )
     with FakeTensorMode(allow_non_fake_inputs=True):
         refill(model, lambda old: nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=False))
-    model.set_experts_implementation("batched_mm")  # torch's product in groups has shapes of bfloat16 alone
+    known: Any = model
+    known.set_experts_implementation("batched_mm")  # torch's product in groups has shapes of bfloat16 alone
     return model
 
 
