@@ -129,9 +129,10 @@ def _so_far(task: ShardTask, todo: Sequence[Move | Make], start: int, out: Outpu
     """
     known = halfway.found(task.file, start)
     noted, spoilt = todo[: len(known.sums)], out.shares and start < PAGE
-    if noted and not spoilt and _agree_all(halfway.unfinished(task.file), noted, known.sums, task.threads):
-        return known
-    return halfway.Halfway(task.file, start)
+    if spoilt or not noted:
+        return halfway.Halfway(task.file, start)
+    agreed = _agree_all(halfway.unfinished(task.file), noted, known.sums, task.threads)
+    return known if agreed else halfway.Halfway(task.file, start)
 
 
 def _shared(task: ShardTask) -> tuple[str, str]:

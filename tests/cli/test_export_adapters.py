@@ -27,10 +27,11 @@ from tests.cli.conftest import adapter_for
 from tests.cli.test_export_reference import bytes_at, external, no_reflink, raw  # noqa: F401
 from tests.output_subjects import FUSION, PFEIFFER, trained
 from tests.output_subjects import SUBJECTS as OUTPUTS
+from tests.reference.test_export_seq2seq import SMALL_T5
 
 Run = Callable[..., Result]
 LORA = ps.LoRA(r=4, lora_alpha=6)
-MODELS = {subject.name: subject for subject in OUTPUTS}
+MODELS = {**{subject.name: subject for subject in OUTPUTS}, "t5": SMALL_T5}
 CASES: list[tuple[str, Method, str]] = [
     ("bert", FUSION, ""),
     ("t5", LORA, "decoder.block.0.layer.1.EncDecAttention.k,encoder.block.0.layer.0.SelfAttention.q"),
