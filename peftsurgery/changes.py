@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
+import torch
 from torch import Tensor
 
 from peftsurgery.method import Params, WeightMethod
@@ -20,8 +21,8 @@ class Change(Protocol):
     def cut(self, rows: slice) -> Self | None:
         """The same change to these stored rows alone; None where it needs the whole tensor."""
 
-    def held(self) -> Self:
-        """The same change with what it needs in memory."""
+    def held(self, dtype: torch.dtype) -> Self:
+        """The same change with what it needs in memory, and in the dtype of the tensors that it will see."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,8 +34,8 @@ class WeightChange:
     params: Params
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        near = {name: p.to(tensor) for name, p in self.params.items()}
-        return self.layout.stored(self.method.fold(self.layout.matrix(tensor), near), tuple(tensor.shape))
+        near = {name: _beside(tensor, p) for name, p in self.params.items()}
+        return self.layout.stored(self.method.fold(self.layout.matrix(tensor), near), tensor.shape)
 
     def cut(self, rows: slice) -> Self | None:
         every = slice(None)
@@ -42,8 +43,8 @@ class WeightChange:
         part = self.method.part(self.params, *block)
         return None if part is None else replace(self, params=part)
 
-    def held(self) -> Self:
-        return replace(self, params=dict(self.params))
+    def held(self, dtype: torch.dtype) -> Self:
+        return replace(self, params={name: p.to(dtype) for name, p in self.params.items()})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,8 +60,8 @@ class BiasChange:
     def cut(self, rows: slice) -> Self | None:
         return None
 
-    def held(self) -> Self:
-        return replace(self, params=dict(self.params))
+    def held(self, dtype: torch.dtype) -> Self:
+        return replace(self, params={name: p.to(dtype) for name, p in self.params.items()})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,5 +76,10 @@ class Replacement:
     def cut(self, rows: slice) -> Self | None:
         return replace(self, value=self.value[rows]) if self.value.ndim else None
 
-    def held(self) -> Self:
+    def held(self, dtype: torch.dtype) -> Self:
         return self
+
+
+def _beside(tensor: Tensor, p: Tensor) -> Tensor:
+    """`p` in the dtype and on the device of `tensor`; asked first, for a tile is a small thing and `to` a call."""
+    return p if p.dtype is tensor.dtype and p.device == tensor.device else p.to(tensor)

@@ -105,7 +105,6 @@ def tiles(
     return tuple(slice(i * step, rows if i == count - 1 else (i + 1) * step) for i in range(count))
 
 
-@torch.no_grad()
 def fold_tile(
     name: str,
     changes: Sequence[Change],
@@ -127,12 +126,12 @@ def fold_tile(
     Raises:
         NonFiniteWeight: the result, as stored, has a NaN or an infinity.
     """
-    start = base.to(device or base.device, _working(base.dtype))
+    start = base.to(device or base.device, working(base.dtype))
     value = start
     for change in changes:
         value = (change.cut(rows) or change)(value)
     out.copy_(value)
-    if not out.is_meta and not torch.isfinite(out.sum(dtype=value.dtype)) and not torch.isfinite(out).all():
+    if not _is_finite(value, out):
         raise NonFiniteWeight(
             f"Folding into {name!r} gave NaN or infinite values in {str(out.dtype).removeprefix('torch.')}. "
             "Write a wider dtype (`--dtype float32`), or look at the adapter; nothing was kept.",
@@ -141,12 +140,22 @@ def fold_tile(
     return tally(base, start, value, out) if measure and out.is_floating_point() else Tally()
 
 
-def _working(dtype: torch.dtype) -> torch.dtype:
+def _is_finite(value: Tensor, out: Tensor) -> bool:
+    """Whether `value`, rounded into `out`, has neither NaN nor infinity; no number is larger than the norm of all."""
+    if out.is_meta or not out.is_floating_point():
+        return True
+    return float(torch.linalg.vector_norm(value)) <= torch.finfo(out.dtype).max or bool(
+        torch.isfinite(out).all()
+    )
+
+
+def working(dtype: torch.dtype) -> torch.dtype:
     """In what a formula is computed; whole numbers are only ever replaced."""
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
 
 
 @torch.inference_mode(False)
+@torch.no_grad()
 def _fold(
     name: str,
     tensor: Tensor,
@@ -156,10 +165,11 @@ def _fold(
     pool: Executor,
 ) -> Tensor:
     where = torch.device(device or tensor.device)
-    changes = [change.held() for change in changes]
+    changes = [change.held(working(tensor.dtype)) for change in changes]
     result = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
     grid = tiles(changes, tensor.shape, where)
 
+    @torch.no_grad()
     def fold(rows: slice) -> None:
         some = (tensor[rows], result[rows]) if tensor.ndim else (tensor, result)
         fold_tile(name, changes, some[0], rows, some[1], device=where)

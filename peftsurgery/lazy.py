@@ -34,6 +34,9 @@ class Lazy(Mapping[str, Tensor]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._kept
+
     def __len__(self) -> int:
         return len(self._kept)
 

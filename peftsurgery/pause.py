@@ -32,5 +32,5 @@ def importing() -> Iterator[None]:
     fresh = "torch" not in sys.modules  # what else is in memory is then little, and stays too
     with collector_paused():
         yield
-    if fresh:
-        gc.freeze()
+        if fresh:
+            gc.freeze()

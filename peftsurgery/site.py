@@ -19,12 +19,13 @@ class Layout(Enum):
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The stored weight seen as (out, in); a view."""
-        flat = weight.reshape(weight.shape[0], -1)
+        flat = weight if weight.ndim == 2 else weight.reshape(weight.shape[0], -1)
         return flat if self is Layout.OUT_IN else flat.t()
 
     def stored(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The inverse of `matrix`, for a weight stored with `shape`; a view."""
-        return (matrix if self is Layout.OUT_IN else matrix.t()).reshape(shape)
+        seen = matrix if self is Layout.OUT_IN else matrix.t()
+        return seen if seen.shape == shape else seen.reshape(shape)
 
 
 class Kind(Enum):

@@ -9,7 +9,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-EVERY = 8
+EVERY = 16
 """Every how many-th tile of a tensor a merge measures: all of them would take a tenth of its whole time."""
 VANISHED = 0.9
 """The part of a change that rounding has taken when as good as nothing is left."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from heapq import merge
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from peftsurgery.disk.output import Output, put, share
 from peftsurgery.disk.pieces import BLOCK, Block, Piece, blocks, make, read, span
-from peftsurgery.disk.rooms import PAGE, ROOMS, typed
+from peftsurgery.disk.rooms import PAGE, Room, typed
 from peftsurgery.disk.shard import read_into
 from peftsurgery.tally import Tally
 
@@ -23,11 +25,13 @@ class Ran:
     """What a job did.
 
     Args:
-        sum: `summed` of the bytes that it wrote; None where the file system shares them with the base.
+        sum: `summed` of its bytes; None where the file system shares them with the base.
+        data: what is still to be written, from its start on (uint8); None where nothing is.
         tally: how far it moved them from the base.
     """
 
     sum: int | None
+    data: Tensor | None
     tally: Tally = NOTHING
 
 
@@ -40,20 +44,19 @@ class Move:
     start: int
     nbytes: int
 
-    def run(self, out: Output, *, device: str, measure: int) -> Ran:
+    def run(self, out: Output, room: Room, *, device: str, measure: int) -> Ran:
         head = min(-self.start % PAGE, self.nbytes)
         body = (self.nbytes - head) // PAGE * PAGE
-        if not share(out, self.file, self.begin + head, self.start + head, body):
-            return Ran(self._copy(out, 0, self.nbytes))
-        self._copy(out, 0, head)
-        self._copy(out, head + body, self.nbytes)
-        return Ran(None)
+        if share(out, self.file, self.begin + head, self.start + head, body):
+            for begin, stop in ((0, head), (head + body, self.nbytes)):
+                put(out, self.start + begin, self._read(torch.empty(stop - begin, dtype=torch.uint8), begin))
+            return Ran(None, None)
+        data = self._read(room.lay(self.nbytes, self.start))
+        return Ran(summed(data), data)
 
-    def _copy(self, out: Output, begin: int, stop: int) -> int:
-        data = ROOMS.room("out", stop - begin, self.start + begin)
+    def _read(self, data: Tensor, begin: int = 0) -> Tensor:
         read_into(self.file, self.begin + begin, data.numpy().data)
-        put(out, self.start + begin, data)
-        return summed(data)
+        return data
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +68,15 @@ class Make:
     start: int
     nbytes: int
 
-    def run(self, out: Output, *, device: str, measure: int) -> Ran:
+    def run(self, out: Output, room: Room, *, device: str, measure: int) -> Ran:
         base = read(self.piece, self.block)
-        made = typed(ROOMS.room("out", self.nbytes, self.start), self.piece.dtype).view(base.shape)
-        found = make(self.piece, self.block, base, made, device=device, measure=measure)
-        data = made.view(-1).view(torch.uint8)
-        put(out, self.start, data)
-        return Ran(summed(data), found)
+        made = typed(room.lay(self.nbytes, self.start), self.piece.dtype)
+        tally = make(self.piece, self.block, base, made.view(base.shape), device=device, measure=measure)
+        data = made.view(torch.uint8)
+        return Ran(summed(data), data, tally)
+
+
+Job = Move | Make
 
 
 def summed(data: Tensor) -> int:
@@ -84,8 +89,24 @@ def summed(data: Tensor) -> int:
     return (int(typed(data[:whole], torch.int64).sum()) + rest) % (1 << 64)
 
 
-def jobs(pieces: Iterable[Piece], start: int, device: str) -> Iterator[Move | Make]:
-    """What there is to do for these tensors, which begin at `start` in the output, in the order of their bytes."""
+def jobs(pieces: Iterable[Piece], start: int, device: str) -> list[Job]:
+    """What there is to do for these tensors, which begin at `start` in the output.
+
+    Copies stand among computations as evenly as they can: they keep the disk busy, and the others the cores.
+    """
+    todo = list(_in_order(pieces, start, device))
+    copies = [job for job in todo if isinstance(job, Move)]
+    rest = [job for job in todo if isinstance(job, Make)]
+    return [job for _, job in merge(_spread(copies), _spread(rest), key=itemgetter(0))]
+
+
+def _spread(some: Sequence[Job]) -> Iterator[tuple[float, Job]]:
+    """Each with how much of them all stands in front of it."""
+    return (((number + 0.5) / len(some), job) for number, job in enumerate(some))
+
+
+def _in_order(pieces: Iterable[Piece], start: int, device: str) -> Iterator[Job]:
+    """The jobs, in the order of their bytes."""
     run = Move(Path(), 0, 0, 0)
     for piece in pieces:
         if stored := piece.copied:

@@ -17,8 +17,9 @@ from typing import Any
 from peftsurgery.disk.durable import discard, rename
 from peftsurgery.disk.engines import Engine, Failed, Outcomes
 from peftsurgery.disk.pieces import Piece
+from peftsurgery.disk.progress import tell_all
 from peftsurgery.disk.shard import Stored
-from peftsurgery.disk.writer import ShardDone, ShardTask, told, write_shard
+from peftsurgery.disk.writer import ShardDone, ShardTask, write_shard
 from peftsurgery.errors import CheckpointError, PlanError, SurgeryError, cause
 from peftsurgery.events import Listener
 
@@ -78,8 +79,7 @@ def _on(ray: Any, tasks: Sequence[ShardTask], listen: Listener) -> Outcomes:
             outcome = _outcome(ray, ready, task)
             _clear(task)
             if isinstance(outcome, ShardDone):
-                for event in told(task):
-                    listen(event)
+                tell_all(task.pieces, listen)
             yield outcome
     finally:
         _stop(ray, list(running))

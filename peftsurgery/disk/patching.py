@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 from peftsurgery.changes import Change
 from peftsurgery.disk.checkpoint import Checkpoint
 from peftsurgery.disk.durable import opened
-from peftsurgery.disk.jobs import Make, Ran, makes
+from peftsurgery.disk.jobs import Job, Ran, makes
 from peftsurgery.disk.output import Output
+from peftsurgery.disk.passing import carry_out
 from peftsurgery.disk.pieces import Piece
 from peftsurgery.disk.shard import Stored
 from peftsurgery.disk.writer import THREADS
 from peftsurgery.errors import CheckpointError, UnclaimedSites, listing
 from peftsurgery.tally import EVERY, Tally
-from peftsurgery.workers import workers
 
 
 def fold_into(
@@ -37,18 +36,25 @@ def fold_into(
         CheckpointError: the file cannot be read or written.
     """
     tallies = {}
-    with opened(file) as descriptor, workers(THREADS) as pool:
-        run = partial(_run, out=Output(file, descriptor, None))
+    with opened(file) as descriptor:
         for stored in held:
             piece = Piece(stored.name, stored.torch_dtype, stored, changes[stored.name])
-            found = pool.map(run, list(makes(piece, stored.start, "cpu")))
-            tallies[stored.name] = sum((one.tally for one in found), Tally()).of(piece.numel)
+            tallies[stored.name] = _folded(piece, stored.start, Output(file, descriptor, None)).of(
+                piece.numel
+            )
             tell(stored)
     return tallies
 
 
-def _run(job: Make, *, out: Output) -> Ran:
-    return job.run(out, device="cpu", measure=EVERY)
+def _folded(piece: Piece, start: int, out: Output) -> Tally:
+    found = Tally()
+
+    def done(_: Job, ran: Ran) -> None:
+        nonlocal found
+        found += ran.tally
+
+    carry_out(makes(piece, start, "cpu"), out, done, threads=THREADS, measure=EVERY)
+    return found
 
 
 def check_claimed(checkpoint: Checkpoint, changes: Collection[str]) -> None:

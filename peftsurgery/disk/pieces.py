@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from peftsurgery.changes import Change
-from peftsurgery.disk.rooms import ROOMS
+from peftsurgery.disk.rooms import OWN
 from peftsurgery.disk.shard import Stored, load, read_into
-from peftsurgery.fold import fold_tile, tiles
+from peftsurgery.fold import fold_tile, tiles, working
 from peftsurgery.tally import Tally
 
-BLOCK = 2 << 20
+BLOCK = 4 << 20
 """Bytes that are read, folded and written together."""
 
 
@@ -115,11 +115,12 @@ def read(piece: Piece, block: Block) -> Tensor:
         return (origin.detach()[rows] if origin.ndim else origin.detach()).cpu()
     shape = (rows.stop - rows.start, *piece.shape[1:]) if piece.shape else ()
     begin = origin.start + rows.start * piece.row * piece.source.itemsize
-    raw = ROOMS.room("base", prod(shape) * piece.source.itemsize)
+    raw = OWN.room.lay(prod(shape) * piece.source.itemsize)
     read_into(origin.file, begin, raw.numpy().data)
     return raw.view(piece.source).view(shape)
 
 
+@torch.no_grad()
 def make(
     piece: Piece, block: Block, base: Tensor, out: Tensor, *, device: str = "cpu", measure: int = 0
 ) -> Tally:
@@ -165,7 +166,7 @@ class Held:
             if piece not in self._recent:
                 while len(self._recent) >= RECENT:
                     del self._recent[next(iter(self._recent))]
-                self._recent[piece] = tuple(change.held() for change in piece.changes)
+                self._recent[piece] = tuple(change.held(working(piece.source)) for change in piece.changes)
             return self._recent[piece]
 
     def clear(self) -> None:

@@ -32,7 +32,8 @@ from peftsurgery.disk.durable import (
 )
 from peftsurgery.disk.engines import Engine, Outcomes
 from peftsurgery.disk.lock import locked
-from peftsurgery.disk.writer import ShardDone, ShardTask, is_written, told
+from peftsurgery.disk.progress import tell_all
+from peftsurgery.disk.writer import ShardDone, ShardTask, is_written
 from peftsurgery.errors import CheckpointError, DiskError, listing
 from peftsurgery.events import Listener
 from peftsurgery.tally import Tally
@@ -72,8 +73,7 @@ class Unfinished:
             sweep(self, (part for task in todo for part in halfway.parts(task.file)))
             for task in tasks:
                 if task.file in kept:
-                    for event in told(task):
-                        listen(event)
+                    tell_all(task.pieces, listen)
                     yield kept[task.file]
             with closing(engine(todo, listen)) as outcomes:
                 for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""Memory that bytes pass through on their way from one file to another: every thread has its own, and keeps it.
+"""Memory that bytes pass through on their way from one file to another, and that is kept for the next ones.
 
 It is mapped, not allocated: what a thread's allocator has handed out once it seldom gives back.
 """
@@ -14,26 +14,30 @@ from torch import Tensor
 PAGE = 4096
 
 
-class Rooms(threading.local):
-    """The rooms of the thread that asks."""
+class Room:
+    """Memory that bytes are laid into, again and again."""
 
     def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
+        self._pages = torch.empty(0, dtype=torch.uint8)
 
-    def room(self, use: str, nbytes: int, start: int = 0) -> Tensor:
+    def lay(self, nbytes: int, start: int = 0) -> Tensor:
         """Bytes (uint8) that lie in memory as those from `start` on lie in a file: a page begins where a page begins.
 
-        They are the thread's until it asks for a room of the same use again.
+        They are the same memory as those that were asked for before.
         """
-        held = self._held.get(use)
-        if held is None or held.numel() < nbytes + PAGE:
-            self._held.pop(use, None)
-            held = torch.frombuffer(mmap.mmap(-1, nbytes + PAGE), dtype=torch.uint8)
-            self._held[use] = held
-        return held[start % PAGE : start % PAGE + nbytes]
+        if self._pages.numel() < nbytes + PAGE:
+            self._pages = torch.frombuffer(mmap.mmap(-1, nbytes + PAGE), dtype=torch.uint8)
+        return self._pages[start % PAGE : start % PAGE + nbytes]
 
 
-ROOMS = Rooms()
+class Own(threading.local):
+    """The room of the thread that asks."""
+
+    def __init__(self) -> None:
+        self.room = Room()
+
+
+OWN = Own()
 
 
 def typed(raw: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,19 +13,21 @@ import torch
 
 from peftsurgery.disk import halfway
 from peftsurgery.disk.durable import discard, link, writing
-from peftsurgery.disk.jobs import Make, Move, Ran, jobs, summed
+from peftsurgery.disk.jobs import Job, Make, Ran, jobs, summed
 from peftsurgery.disk.output import Output, output, put, reserve, sharing
+from peftsurgery.disk.passing import carry_out
 from peftsurgery.disk.pieces import BLOCK, HELD, Piece
-from peftsurgery.disk.rooms import PAGE, ROOMS
+from peftsurgery.disk.progress import Progress, tell_all
+from peftsurgery.disk.rooms import OWN, PAGE
 from peftsurgery.disk.shard import DTYPES, PREFIX, read_into, read_shard
 from peftsurgery.errors import CheckpointError
-from peftsurgery.events import Event, Listener, ignore
+from peftsurgery.events import Listener, ignore
 from peftsurgery.tally import Tally
 from peftsurgery.workers import workers
 
 WORDS = {dtype: word for word, dtype in DTYPES.items()}
-THREADS = min(8, (os.cpu_count() or 1) + 1)
-"""One more than cores, for one that waits for the disk; each holds two blocks and a few tiles."""
+THREADS = min(8, os.cpu_count() or 1)
+"""One that computes for every core, beside the one that writes; each holds two blocks and a few tiles."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,31 +91,15 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
     """
     how, why = _shared(task)
     if how:
-        for event in told(task):
-            listen(event)
+        tell_all(task.pieces, listen)
         return ShardDone(task.file, task.file.stat().st_size, {}, shared=how)
-    with (
-        output(task.file, task.mode, keep=bool(halfway.parts(task.file))) as out,
-        workers(task.threads) as pool,
-    ):
+    with output(task.file, task.mode, keep=bool(halfway.parts(task.file))) as out:
         head = header(task.pieces, task.metadata, _skew(task.pieces, out))
         size = len(head) + task.nbytes
         reserve(out, size)
         put(out, 0, torch.frombuffer(bytearray(head), dtype=torch.uint8))
-        events = deque(_events(task.pieces, len(head)))
-        todo = list(jobs(task.pieces, len(head), task.device))
-        run = partial(_run, out=out, device=task.device, measure=task.measure)
-        so_far = _so_far(task, todo, len(head), out)
-        rest = todo[len(so_far.sums) :]
-        for job, found in zip(rest, pool.map(run, rest), strict=True):
-            so_far.sums.append(found.sum)
-            if task.measure and isinstance(job, Make) and job.piece.touched:
-                so_far.tallies[job.piece.name] += found.tally
-            so_far.wrote(out.plain, job.nbytes)
-            _tell(events, job.start + job.nbytes, listen)
-        _tell(events, size, listen)
+        so_far = _filled(task, out, len(head), listen)
     halfway.forget(task.file)
-    HELD.clear()
     tallies = so_far.tallies
     whole = {
         piece.name: tallies[piece.name].of(piece.numel) for piece in task.pieces if piece.name in tallies
@@ -122,7 +107,7 @@ def write_shard(task: ShardTask, listen: Listener = ignore) -> ShardDone:
     return ShardDone(task.file, size, whole, unshared=why, sums=tuple(so_far.sums))
 
 
-def _so_far(task: ShardTask, todo: Sequence[Move | Make], start: int, out: Output) -> halfway.Halfway:
+def _so_far(task: ShardTask, todo: Sequence[Job], start: int, out: Output) -> halfway.Halfway:
     """What of the file, whose tensors begin at `start`, is there as it was noted; nothing where a byte is another.
 
     Where pages are shared the first one was just tried with, and shared bytes have no sums that would tell.
@@ -133,6 +118,26 @@ def _so_far(task: ShardTask, todo: Sequence[Move | Make], start: int, out: Outpu
         return halfway.Halfway(task.file, start)
     agreed = _agree_all(halfway.unfinished(task.file), noted, known.sums, task.threads)
     return known if agreed else halfway.Halfway(task.file, start)
+
+
+def _filled(task: ShardTask, out: Output, start: int, listen: Listener) -> halfway.Halfway:
+    """Write its tensors from `start` on, but for what is there of them."""
+    todo = jobs(task.pieces, start, task.device)
+    so_far, progress = _so_far(task, todo, start, out), Progress(task.pieces, start, listen)
+    there = len(so_far.sums)
+    for job in todo[:there]:
+        progress.wrote(job.start, job.nbytes)
+
+    def done(job: Job, ran: Ran) -> None:
+        so_far.sums.append(ran.sum)
+        if task.measure and isinstance(job, Make) and job.piece.touched:
+            so_far.tallies[job.piece.name] += ran.tally
+        so_far.wrote(out.plain, job.nbytes)
+        progress.wrote(job.start, job.nbytes)
+
+    carry_out(todo[there:], out, done, threads=task.threads, device=task.device, measure=task.measure)
+    HELD.clear()
+    return so_far
 
 
 def _shared(task: ShardTask) -> tuple[str, str]:
@@ -168,27 +173,23 @@ def _is_headed(task: ShardTask, done: ShardDone) -> bool:
 
 def _are_summed(task: ShardTask, start: int, said: Sequence[int | None]) -> bool:
     """Whether the bytes of every job, the first of which begins at `start`, have the sum that they had."""
-    return _agree_all(task.file, list(jobs(task.pieces, start, task.device)), said, task.threads)
+    return _agree_all(task.file, jobs(task.pieces, start, task.device), said, task.threads)
 
 
-def _agree_all(file: Path, todo: Sequence[Move | Make], said: Sequence[int | None], threads: int) -> bool:
+def _agree_all(file: Path, todo: Sequence[Job], said: Sequence[int | None], threads: int) -> bool:
     with workers(threads) as pool:
         found = pool.map(partial(_sum, file), todo)
         return len(todo) == len(said) and all(map(_agree, found, said))
 
 
-def _sum(file: Path, job: Move | Make) -> int:
-    data = ROOMS.room("out", job.nbytes, job.start)
+def _sum(file: Path, job: Job) -> int:
+    data = OWN.room.lay(job.nbytes, job.start)
     read_into(file, job.start, data.numpy().data)
     return summed(data)
 
 
 def _agree(found: int, said: int | None) -> bool:
     return said is None or found == said
-
-
-def _run(job: Move | Make, *, out: Output, device: str, measure: int) -> Ran:
-    return job.run(out, device=device, measure=measure)
 
 
 def _skew(pieces: Iterable[Piece], out: Output) -> int:
@@ -203,27 +204,6 @@ def _skew(pieces: Iterable[Piece], out: Output) -> int:
             return skew if skew % 8 == 0 and sharing(out, stored.file) else 0
         reached += piece.nbytes
     return 0
-
-
-def told(task: ShardTask) -> Iterator[Event]:
-    """What `write_shard` tells of a task, as of one that is done."""
-    return (event for _, event in _events(task.pieces, 0))
-
-
-def _events(pieces: Sequence[Piece], reached: int) -> Iterator[tuple[int, Event]]:
-    """What there will be to tell, each with the byte of the output up to which it must be written."""
-    touched, folds = sum(bool(piece.changes) for piece in pieces), 0
-    for done, piece in enumerate(pieces, 1):
-        reached += piece.nbytes
-        if piece.changes:
-            folds += 1
-            yield reached, Event("fold", piece.name, folds, touched, piece.nbytes)
-        yield reached, Event("write", piece.name, done, len(pieces), piece.nbytes)
-
-
-def _tell(events: deque[tuple[int, Event]], reached: int, listen: Listener) -> None:
-    while events and events[0][0] <= reached:
-        listen(events.popleft()[1])
 
 
 def header(pieces: Iterable[Piece], metadata: Mapping[str, str], skew: int = 0) -> bytes:

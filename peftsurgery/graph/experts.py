@@ -20,7 +20,7 @@ op: Any = opset18
 def grouped(x: TFloat, w: TFloat, ends: INT32) -> TFloat:
     """Of words (S, in), matrices (experts, in, out) and the number of the word behind each group's last (experts,)."""
     stored = op.Transpose(w, perm=[0, 2, 1])  # the model has transposed what is stored, and both go
-    stops = op.Cast(ends, to=7)  # int64
+    stops = op.Cast(ends, to=7)
     zero = op.Constant(value_ints=[0])
     one = op.Constant(value_ints=[1])
     width = op.Shape(stored, start=1, end=2)

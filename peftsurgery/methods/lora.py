@@ -115,7 +115,11 @@ class LoRA(WeightMethod):
 
     def part(self, p: Params, rows: slice, columns: slice) -> Params | None:
         a, b = next(names for names in A_B.values() if names[0] in p)
-        return {a: p[a].flatten(1)[:, columns], b: p[b][rows]}
+        inner = _matrix(p[a])
+        return {
+            a: inner if columns == slice(None) else inner[:, columns],
+            b: p[b] if rows == slice(None) else p[b][rows],
+        }
 
     def fold_bias(self, bias: Tensor, p: Params) -> Tensor:
         return bias + p[SHIFT] * self.scaling if self.lora_bias else bias
@@ -127,4 +131,8 @@ class LoRA(WeightMethod):
 
 def _matrices(p: Params) -> tuple[Tensor, Tensor]:
     a, b = next((p[a], p[b]) for a, b in A_B.values() if a in p)
-    return a.flatten(1), b.flatten(1)
+    return _matrix(a), _matrix(b)
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor if tensor.ndim == 2 else tensor.flatten(1)

@@ -23,7 +23,7 @@ from peftsurgery.disk.checkpoint import INDEX, open_checkpoint
 from peftsurgery.disk.durable import staged
 from peftsurgery.disk.merge import Merged
 from peftsurgery.disk.pieces import BLOCK
-from peftsurgery.disk.rooms import Rooms
+from peftsurgery.disk.rooms import Room
 from peftsurgery.errors import (
     CheckpointError,
     MismatchedTensors,
@@ -249,13 +249,13 @@ def test_every_tensor_is_told_as_it_is_written(tmp_path: Path) -> None:
 
 def test_no_more_than_a_block_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    room = Rooms.room
+    lay = Room.lay
 
-    def watched(self: Rooms, use: str, nbytes: int, start: int = 0) -> Tensor:
+    def watched(self: Room, nbytes: int, start: int = 0) -> Tensor:
         asked.append(nbytes)
-        return room(self, use, nbytes, start)
+        return lay(self, nbytes, start)
 
-    monkeypatch.setattr(Rooms, "room", watched)
+    monkeypatch.setattr(Room, "lay", watched)
     sites = [Site(name, Kind.LINEAR, (3000, 512)) for name in ("one", "two", "three")]
     before = {site.weight: torch.randn(site.shape) for site in sites}
     _, after = merged(sharded(tmp_path / "base", before), adapter(*sites[1:]))
