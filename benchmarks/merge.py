@@ -202,6 +202,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=said.room, prefix="merge-bench-") as folder:
         room = Path(folder)
         os.environ["PEFTSURGERY_CACHE"] = str(room / "kept")
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled once
         subprocess.run(
             [sys.executable, "-m", "benchmarks.checkpoints", room, str(said.gigabytes)], check=True
         )
