@@ -115,8 +115,8 @@ def put(file: Path, descriptor: int, data: bytes | memoryview, start: int) -> in
 
 
 @contextmanager
-def opened(file: Path, *, new: bool = False) -> Iterator[int]:
-    """The descriptor of a file to write in; what was written is on the disk when the block ends well.
+def opened(file: Path, *, new: bool = False, sync: bool = True) -> Iterator[int]:
+    """The descriptor of a file to write in; what was written is on the disk when the block ends well, with `sync`.
 
     Raises:
         CheckpointError: the file cannot be written, or a `new` one exists.
@@ -125,10 +125,21 @@ def opened(file: Path, *, new: bool = False) -> Iterator[int]:
         descriptor = os.open(file, os.O_WRONLY | (os.O_CREAT | os.O_EXCL if new else 0), 0o666)
     try:
         yield descriptor
-        with writing(file):
-            os.fsync(descriptor)
+        if sync:
+            with writing(file):
+                os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def settle(file: Path) -> None:
+    """Bring what was written in a file to the disk.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    with opened(file):
+        pass
 
 
 def discard(file: Path) -> None:

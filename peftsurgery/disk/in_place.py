@@ -12,13 +12,14 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from peftsurgery.adapter import Adapter
 from peftsurgery.changes import Change
 from peftsurgery.disk.checkpoint import INDEX, SINGLE, Checkpoint, Stored
-from peftsurgery.disk.durable import discard, opened, put, rename, write_json
+from peftsurgery.disk.durable import discard, opened, put, rename, settle, write_json
 from peftsurgery.disk.durable import replace as replace_file
 from peftsurgery.disk.identity import identify
 from peftsurgery.disk.marker import Mark, half_patched, mark, marked, unmark
@@ -141,13 +142,20 @@ def _fold(
     def tell(stored: Stored) -> None:
         listen(Event("fold", stored.name, next(count), total, stored.nbytes))
 
-    after: dict[str, str] = {}
+    after: dict[str, Future[str]] = {}
     tallies: dict[str, Tally] = {}
-    for one in undo.patched:
-        held = _stored(root, one)
-        tallies |= fold_into(_where(root, one.file), held, changes, tell)
-        after[one.file] = digest(held)
-    return after, tallies
+    with ThreadPoolExecutor(1) as beside:  # a file is flushed while the next one is folded
+        for one in undo.patched:
+            held = _stored(root, one)
+            tallies |= fold_into(_where(root, one.file), held, changes, tell)
+            after[one.file] = beside.submit(_settled, _where(root, one.file), held)
+        return {file: found.result() for file, found in after.items()}, tallies
+
+
+def _settled(file: Path, held: Sequence[Stored]) -> str:
+    """The SHA-256 of these tensors of a file, which are on the disk then."""
+    settle(file)
+    return digest(held)
 
 
 def _restore(root: Path, undo: Undo, listen: Listener) -> None:

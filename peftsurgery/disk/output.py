@@ -62,7 +62,7 @@ def output(file: Path, mode: int | None = None, *, keep: bool = False) -> Iterat
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
-    with opened(temporary, new=not keep) as plain, _direct(temporary) as direct:
+    with opened(temporary, new=not keep) as plain, past_cache(temporary) as direct:
         if mode is not None:
             with writing(file):
                 os.fchmod(plain, mode)
@@ -105,7 +105,8 @@ def _put_direct(out: Output, view: memoryview, start: int) -> bool:
 
 
 @contextmanager
-def _direct(file: Path) -> Iterator[int | None]:
+def past_cache(file: Path) -> Iterator[int | None]:
+    """The descriptor of an existing file for writes past the cache; None where the file system has none."""
     try:
         descriptor = os.open(file, os.O_WRONLY | DIRECT) if DIRECT else None
     except OSError:

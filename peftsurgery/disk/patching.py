@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 from peftsurgery.changes import Change
 from peftsurgery.disk.checkpoint import Checkpoint
 from peftsurgery.disk.durable import opened
-from peftsurgery.disk.jobs import Job, Ran, makes
+from peftsurgery.disk.jobs import Job, Make, Ran, makes
 from peftsurgery.disk.output import Output
 from peftsurgery.disk.passing import carry_out
 from peftsurgery.disk.pieces import Piece
@@ -25,7 +26,7 @@ def fold_into(
     changes: Mapping[str, tuple[Change, ...]],
     tell: Callable[[Stored], None],
 ) -> dict[str, Tally]:
-    """Fold `changes` into tensors of an existing file, in their own bytes; they are on the disk when it returns.
+    """Fold `changes` into tensors of an existing file, in their own bytes, which are not on the disk yet.
 
     Args:
         held: tensors of the file.
@@ -35,26 +36,23 @@ def fold_into(
         NonFiniteWeight: folding gave a NaN or an infinity.
         CheckpointError: the file cannot be read or written.
     """
-    tallies = {}
-    with opened(file) as descriptor:
-        for stored in held:
-            piece = Piece(stored.name, stored.torch_dtype, stored, changes[stored.name])
-            tallies[stored.name] = _folded(piece, stored.start, Output(file, descriptor, None)).of(
-                piece.numel
-            )
-            tell(stored)
-    return tallies
+    pieces = {s.name: Piece(s.name, s.torch_dtype, s, changes[s.name]) for s in held}
+    todo = [job for s in held for job in makes(pieces[s.name], s.start, "cpu")]
+    left = Counter(job.piece.name for job in todo)
+    places = {s.name: s for s in held}
+    tallies: defaultdict[str, Tally] = defaultdict(Tally)
 
+    def done(job: Job, ran: Ran) -> None:
+        assert isinstance(job, Make)
+        name = job.piece.name
+        tallies[name] += ran.tally
+        left[name] -= 1
+        if not left[name]:
+            tell(places[name])
 
-def _folded(piece: Piece, start: int, out: Output) -> Tally:
-    found = Tally()
-
-    def done(_: Job, ran: Ran) -> None:
-        nonlocal found
-        found += ran.tally
-
-    carry_out(makes(piece, start, "cpu"), out, done, threads=THREADS, measure=EVERY)
-    return found
+    with opened(file, sync=False) as descriptor:
+        carry_out(todo, Output(file, descriptor, None), done, threads=THREADS, measure=EVERY)
+    return {name: tallies[name].of(piece.numel) for name, piece in pieces.items()}
 
 
 def check_claimed(checkpoint: Checkpoint, changes: Collection[str]) -> None:

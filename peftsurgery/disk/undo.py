@@ -10,15 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from peftsurgery.disk.durable import discard, opened, put, rename
 from peftsurgery.disk.identity import identify
+from peftsurgery.disk.jobs import jobs
+from peftsurgery.disk.output import Output, past_cache, reserve
+from peftsurgery.disk.passing import carry_out
 from peftsurgery.disk.pieces import Piece
 from peftsurgery.disk.shard import Stored, read_shard
-from peftsurgery.disk.writer import header
+from peftsurgery.disk.writer import THREADS, header
 from peftsurgery.errors import CheckpointError
 
 FORMAT = "peftsurgery undo 1"
@@ -77,12 +81,10 @@ def write_undo(
     blank = [_described(root, place, held) for place, held in tensors.items()]
     discard(temporary)
     try:
-        with opened(temporary, new=True) as descriptor:
-            end = len(header(entries, _metadata(blank, provenance)))
-            patched = []
-            for one, held in zip(blank, tensors.values(), strict=True):
-                digest, end = _keep(file, descriptor, held, end)
-                patched.append(replace(one, before=digest))
+        with opened(temporary, new=True) as descriptor, past_cache(temporary) as direct:
+            start = len(header(entries, _metadata(blank, provenance)))
+            before = _keep(Output(file, descriptor, direct), entries, start, tensors.values())
+            patched = [replace(one, before=digest) for one, digest in zip(blank, before, strict=True)]
             put(file, descriptor, header(entries, _metadata(patched, provenance)), 0)
     except BaseException:
         discard(temporary)
@@ -172,10 +174,16 @@ def _metadata(patched: Sequence[Patched], provenance: str | None) -> dict[str, s
     return {"format": FORMAT, "patched": said, "provenance": json.dumps(provenance)}
 
 
-def _keep(file: Path, descriptor: int, held: Sequence[Stored], end: int) -> tuple[str, int]:
-    found = hashlib.sha256()
-    for stored in held:
-        for block in blocks(stored):
-            found.update(block)
-            end = put(file, descriptor, block, end)
-    return found.hexdigest(), end
+def _keep(
+    out: Output, entries: Sequence[Piece], start: int, tensors: Collection[Sequence[Stored]]
+) -> list[str]:
+    """Copy the tensors to `start` and after; meanwhile the SHA-256 of those of each file."""
+    reserve(out, start + sum(piece.nbytes for piece in entries))
+    with ThreadPoolExecutor(1) as beside:
+        digests = [beside.submit(digest, held) for held in tensors]
+        try:
+            carry_out(jobs(entries, start, "cpu"), out, lambda job, ran: None, threads=THREADS)
+        except BaseException:
+            beside.shutdown(wait=False, cancel_futures=True)
+            raise
+        return [found.result() for found in digests]
