@@ -206,7 +206,8 @@ def adapters(room: Path, quick: bool) -> Iterator[dict[str, Any]]:
     for name, fixture in made.items():
         ps.export_onnx(base, adapters=[ROOT / "fixtures" / fixture], task=task, out=room / name, verify=False)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=2)
-    ps.export_onnx(model, out=room / "base", verify=False)
+    model.save_pretrained(room / "headed")
+    ps.export_onnx(room / "headed", task=task, out=room / "base", verify=False)
     said = signature(model)
     sessions, _ = opened({name: room / name / "model.onnx" for name in (*made, "base")}, 1)
     count = ps.load_adapter(ROOT / "fixtures" / made["prompt"]).plan.steps[0].method.num_virtual_tokens
