@@ -110,6 +110,8 @@ def put(file: Path, descriptor: int, data: bytes | memoryview, start: int) -> in
     with writing(file):
         while rest:
             taken = os.pwrite(descriptor, rest, start)
+            if not taken:
+                raise OSError(errno.EIO, "the disk takes nothing")
             rest, start = rest[taken:], start + taken
     return start
 

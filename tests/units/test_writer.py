@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -251,14 +252,15 @@ def test_whatever_fails_leaves_nothing(failure: type[BaseException], place: str,
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    room, write = [1000], os.pwrite
+    room, write, alone = [1000], os.pwrite, Lock()
 
     def full(descriptor: int, data: Any, start: int) -> int:
-        if room[0] == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        taken = write(descriptor, memoryview(data)[: room[0]], start)
-        room[0] -= taken
-        return taken
+        with alone:  # two threads write
+            if room[0] == 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            taken = write(descriptor, memoryview(data)[: room[0]], start)
+            room[0] -= taken
+            return taken
 
     monkeypatch.setattr(os, "pwrite", full)
     tensors = {"a": torch.ones(100), "b": torch.ones(1000)}
