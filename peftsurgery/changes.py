@@ -44,7 +44,7 @@ class WeightChange:
         return None if part is None else replace(self, params=part)
 
     def held(self, dtype: torch.dtype) -> Self:
-        return replace(self, params={name: p.to(dtype) for name, p in self.params.items()})
+        return replace(self, params=_held(self.params, dtype))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,7 +61,7 @@ class BiasChange:
         return None
 
     def held(self, dtype: torch.dtype) -> Self:
-        return replace(self, params={name: p.to(dtype) for name, p in self.params.items()})
+        return replace(self, params=_held(self.params, dtype))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +78,11 @@ class Replacement:
 
     def held(self, dtype: torch.dtype) -> Self:
         return self
+
+
+def _held(params: Params, dtype: torch.dtype) -> Params:
+    """The parameters in memory, each read once, in this dtype."""
+    return {name: p.to(dtype) for name, p in params.items()}
 
 
 def _beside(tensor: Tensor, p: Tensor) -> Tensor:

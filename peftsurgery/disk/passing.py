@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 from peftsurgery.disk.jobs import Job, Ran
@@ -41,12 +41,9 @@ def carry_out(
     under_way: deque[UnderWay] = deque()
 
     def finish() -> None:
-        first, *second = _ready(under_way)
-        with ExitStack() as beside:
-            for job, _, future in second:
-                beside.callback(pen.submit(_write, out, job, future).result)
-            _write(out, first[0], first[2])
-        for job, room, future in (first, *second):
+        ready = _ready(under_way)
+        _write_all(out, ready, pen)
+        for job, room, future in ready:
             free.append(room)
             done(job, future.result())
 
@@ -64,6 +61,15 @@ def _ready(under_way: deque[UnderWay]) -> list[UnderWay]:
     """The oldest one, which may not be made yet, and the next one where both are."""
     count = 2 if len(under_way) > 1 and under_way[0][2].done() and under_way[1][2].done() else 1
     return [under_way.popleft() for _ in range(count)]
+
+
+def _write_all(out: Output, ready: Sequence[UnderWay], pen: Executor) -> None:
+    """Write what they make, the first one by the thread that calls, another one by `pen` meanwhile."""
+    (first, _, made), *others = ready
+    with ExitStack() as beside:
+        for job, _, future in others:
+            beside.callback(pen.submit(_write, out, job, future).result)
+        _write(out, first, made)
 
 
 def _write(out: Output, job: Job, made: Future[Ran]) -> None:
